@@ -1,0 +1,70 @@
+"""Finds the host of a model. Hosts are imported only when the model's own library is loaded already."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+
+from tokred.core.errors import UnsupportedModelError
+from tokred.core.host import Host
+
+__all__ = ["HOSTS", "find_host", "host_classes"]
+
+#: (library, module, class): a host and the library without which no model of its family can exist
+HOSTS: tuple[tuple[str, str, str], ...] = (
+    ("timm", "tokred.adapters.timm_vit", "TimmHost"),
+    ("open_clip", "tokred.adapters.open_clip", "OpenClipHost"),
+    ("transformers", "tokred.adapters.hf_vision", "HFVisionHost"),
+)
+
+
+def host_classes(loaded_only: bool = False) -> Iterator[type[Host]]:
+    """All hosts whose library is installed (or, `loaded_only`, imported already), in order of priority."""
+    for library, module, name in HOSTS:
+        if loaded_only and library not in sys.modules:
+            continue
+        try:
+            yield getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] != library:
+                raise
+
+
+def find_host(model: nn.Module) -> Host:
+    """Return the host of `model`, or of the one part of it that a host serves.
+
+    Raises:
+        UnsupportedModelError: no host serves it, a host refuses it by name, or several parts could be meant.
+    """
+    hosts = list(host_classes(loaded_only=True))
+    found: list[tuple[str, nn.Module, type[Host]]] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") or outer == "" for outer, _, _ in found):
+            continue
+        host = next((h for h in hosts if h.matches(module)), None)
+        if host is not None:
+            found.append((path, module, host))
+    if len(found) == 1:
+        host = found[0][2](found[0][1])  # type: ignore[call-arg]
+        host.place(model)
+        return host
+    if found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds several models that could be meant "
+            f"({', '.join(path for path, _, _ in found)}); patch one of them"
+        )
+    raise UnsupportedModelError(_explain(model, list(host_classes())))
+
+
+def _explain(model: nn.Module, hosts: list[type[Host]]) -> str:
+    name = type(model).__name__
+    lines = [cls.__name__ for cls in type(model).__mro__]
+    for host in hosts:
+        for refused, reason in host.refusals.items():
+            if any(line.startswith(refused) for line in lines):
+                return f"{name} is refused by the {host.family} host: {reason}"
+    served = "; ".join(f"{host.family}: {', '.join(host.classes)}" for host in hosts)
+    return f"no host serves {name}. Served are {served or 'no models, for no model library is installed'}"

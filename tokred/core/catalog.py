@@ -1,0 +1,58 @@
+"""Records of what there is: methods, hosts, and which fits which."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokred.core.method import registered
+
+__all__ = ["HostRecord", "MethodRecord", "compatibility", "hosts", "methods"]
+
+
+@dataclass(frozen=True)
+class MethodRecord:
+    """One method: its registry name, class name, paper, sites and fields with defaults."""
+
+    name: str
+    cls: str
+    paper: str
+    sites: tuple[str, ...]
+    parameters: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HostRecord:
+    """One model family: the classes served, its sites, and what it refuses with the reason."""
+
+    family: str
+    classes: tuple[str, ...]
+    sites: tuple[str, ...]
+    refusals: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def methods() -> list[MethodRecord]:
+    """Every method, those of other packages included once they are imported."""
+    records = []
+    for name, cls in sorted(registered().items()):
+        fields = {key: f.default for key, f in cls.__dataclass_fields__.items()}  # type: ignore[attr-defined]
+        records.append(MethodRecord(name, cls.__name__, cls.paper, tuple(cls.sites), fields))
+    return records
+
+
+def hosts() -> list[HostRecord]:
+    """Every host whose model library is installed."""
+    from tokred.adapters.registry import host_classes
+
+    return [HostRecord(h.family, tuple(h.classes), tuple(h.sites), dict(h.refusals)) for h in host_classes()]
+
+
+def compatibility() -> dict[str, dict[str, bool]]:
+    """{method: {host family: whether the host has every site of the method}}."""
+    return {m.name: {h.family: set(m.sites) <= set(h.sites) for h in hosts()} for m in methods()}

@@ -1,0 +1,194 @@
+"""The base of every method: a frozen dataclass of hyper-parameters that round-trips through JSON, and its registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokred import ops
+from tokred.core.errors import InvalidParameterError, UnknownMethodError, UnknownParameterError, nearest
+from tokred.core.sites import EncoderBlock, EncoderInfo, Placement
+from tokred.core.tokens import Keep, Merge
+
+__all__ = ["EncoderMethod", "Method", "from_dict", "keep_top", "registered", "resolve"]
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+class Method:
+    """A token reduction method. Subclasses are frozen dataclasses; their fields are the paper's hyper-parameters.
+
+    Class attributes:
+        name: registry key, snake case. title, paper: for tables.
+        sites: the names of the sites where the method acts.
+        conflicts: other methods (by name) that cannot share a model with this one, with the reason.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    sites: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            _REGISTRY[cls.name] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Method:
+        fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+        for key in kwargs:
+            if key not in fields:
+                raise UnknownParameterError(
+                    f"{cls.__name__} has no parameter {key!r}{nearest(key, fields)}; it has: {', '.join(sorted(fields))}"
+                )
+        return super().__new__(cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``{"method": name, field: value, ...}`` of JSON types; `tokred.from_dict` reads it back."""
+        assert dataclasses.is_dataclass(self)
+        return {"method": self.name, **{f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+    def replace(self, **changes: Any) -> Any:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+class EncoderMethod(Method):
+    """A method of the `EncoderBlock` site.
+
+    `bind` turns hyper-parameters into one rule for each block where tokens are removed; a block without a rule is
+    bypassed, so settings that keep everything leave the model bit-identical. `count` is the arithmetic of a rule:
+    token counts depend on it alone, never on data, so shapes stay static.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = ("EncoderBlock",)
+    #: sizes of merged tokens act on attention (`+ log size` on keys) and on pooling
+    proportional_attention: bool = False
+    weighted_pool: bool = False
+    #: whether masked (padded) inputs have a definition
+    ragged: ClassVar[bool] = False
+
+    @property
+    def placement(self) -> Placement:
+        """Where in the block the reduction happens."""
+        return "block"
+
+    @property
+    def taps(self) -> frozenset[str]:
+        """What the host must capture: any of "qk", "v", "input", "matrix" (the full matrix is needed anyway)."""
+        return frozenset({"qk"})
+
+    def bind(self, info: EncoderInfo) -> dict[int, Any]:
+        """Return {block: rule} for the blocks of `info` where tokens are removed; refuse what does not fit."""
+        raise TypeError(f"{type(self).__name__} does not define bind()")
+
+    def count(self, tokens: int, rule: Any) -> int:
+        """Prunable tokens that remain of `tokens` under `rule`."""
+        raise TypeError(f"{type(self).__name__} does not define count()")
+
+    def reduce(self, view: EncoderBlock, rule: Any) -> Keep | Merge | None:
+        """Answer one view; None keeps everything."""
+        raise TypeError(f"{type(self).__name__} does not define reduce()")
+
+    def cost(self, info: EncoderInfo, tokens: int, rule: Any) -> int:
+        """Multiply-adds that scoring `tokens` prunable tokens of one image adds to the block."""
+        return 0
+
+    def is_identity(self, info: EncoderInfo) -> bool:
+        """Whether these settings keep every token of `info`: the host then changes nothing at all."""
+        return not self.bind(info)
+
+    def plan(self, info: EncoderInfo, tokens: int | None = None) -> list[int]:
+        """Prunable tokens per image that leave each block, for an image of `tokens` (default: the model's own)."""
+        rules, left, counts = self.bind(info), info.tokens if tokens is None else tokens, []
+        for layer in range(info.depth):
+            if layer in rules:
+                left = self.count(left, rules[layer])
+            counts.append(left)
+        return counts
+
+
+def keep_top(view: EncoderBlock, scores: Tensor, count: Callable[[int], int]) -> Keep:
+    """Keep the best `count(n)` tokens of each image by `scores` (B, n), ascending; ties to the lower position.
+
+    Padded images keep `count(their own n)`: what a batch keeps of an image is what the image alone would keep.
+    NaN scores rank last.
+    """
+    n = view.count
+    kept = count(n)
+    if view.valid is None:
+        return Keep(ops.top_indices(scores, kept))
+    scores = scores.float().nan_to_num(nan=-math.inf).masked_fill(~view.valid, -math.inf)
+    table = scores.new_tensor([count(i) if i else 0 for i in range(n + 1)]).long()
+    allowed = table[view.valid.sum(dim=1)]  # (B,)
+    positions, ranks = ops.rank(scores)[:, :kept].sort(dim=1)
+    return Keep(positions, ranks < allowed[:, None])
+
+
+def registered() -> dict[str, type[Method]]:
+    """All methods by name: those of tokred, and subclasses that others defined."""
+    from tokred import load_methods
+
+    load_methods()
+    return dict(_REGISTRY)
+
+
+def resolve(method: object, parameters: Mapping[str, Any]) -> list[Method]:
+    """Return the methods of a `patch` call, given an instance, a class, a name or a list of them."""
+    if isinstance(method, Sequence) and not isinstance(method, (str, bytes)):
+        if parameters:
+            raise UnknownParameterError(f"parameters {sorted(parameters)} belong to no single method of a list")
+        return [single for item in method for single in resolve(item, {})]
+    if isinstance(method, Mapping):
+        method = from_dict(method)
+    if isinstance(method, str):
+        known = registered()
+        key = method.lower().replace("-", "_")
+        by_class = {cls.__name__.lower(): name for name, cls in known.items()}
+        key = by_class.get(key, key)
+        if key not in known:
+            raise UnknownMethodError(f"unknown method {method!r}{nearest(method, known)}; known: {', '.join(sorted(known))}")
+        method = known[key]
+    if isinstance(method, type) and issubclass(method, Method):
+        return [method(**parameters)]
+    if isinstance(method, Method):
+        if parameters:
+            name = type(method).__name__
+            raise UnknownParameterError(
+                f"{sorted(parameters)} are no options of patch; parameters of {name} go into {name}(...)"
+            )
+        return [method]
+    raise InvalidParameterError(f"{method!r} is no method: give an instance such as tokred.ToMe(r=8), a name, or a list")
+
+
+def from_dict(data: Mapping[str, Any]) -> Method:
+    """Return the method that `Method.to_dict` described.
+
+    Raises:
+        UnknownMethodError, UnknownParameterError, InvalidParameterError: with the nearest known name.
+    """
+    if not isinstance(data, Mapping) or "method" not in data:
+        raise InvalidParameterError(f"expected a dict with the key 'method', got {data!r}")
+    name = data["method"]
+    return resolve(name, {key: _from_json(value) for key, value in data.items() if key != "method"})[0]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_to_json(item) for item in value]
+    if isinstance(value, Method):
+        return value.to_dict()
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {int(k) if isinstance(k, str) and k.lstrip("-").isdigit() else k: _from_json(v) for k, v in value.items()}
+    return value
