@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tokred import ops
 from tokred.adapters.swap import swap_class, unswap_class
 from tokred.core.budget import check_choice
-from tokred.core.errors import ConflictError, InvalidParameterError, RaggedInputError, UnsupportedModelError
+from tokred.core.errors import ConflictError, InvalidParameterError, RaggedInputError
 from tokred.core.host import Host
 from tokred.core.method import EncoderMethod, Method
 from tokred.core.sites import AttentionTap, EncoderBlock, EncoderInfo
@@ -60,9 +60,7 @@ class ForwardState:
         past = [index for index in self.exit if index <= layer]
         if past:
             return self.exit[max(past)]
-        first = min(self.entry, default=None)
-        table = self.table if first is None else self.entry[first]
-        return table
+        return self.entry[min(self.entry)] if self.entry else self.table
 
 
 class Scope:
@@ -96,14 +94,17 @@ class EncoderHost(Host):
 
     sites: ClassVar[tuple[str, ...]] = ("EncoderBlock",)
     options: ClassVar[tuple[str, ...]] = ("exit", "fill", "score_backend")
-    #: top-level function that makes the encoder's subclass, from `scoped_entries`
-    extend_encoder: ClassVar[Callable[[type], dict[str, Any]]]
     #: whether a layer can be made to form its attention matrix itself (then it serves output and score)
     forms_matrix: ClassVar[bool] = False
 
     encoder: nn.Module
     info: EncoderInfo
     patch_size: tuple[int, int]
+
+    @staticmethod
+    @abstractmethod
+    def extend_encoder(base: type) -> dict[str, Any]:
+        """Attributes of the encoder's subclass, from `scoped_entries`; a top-level function, so that it pickles."""
 
     @property
     @abstractmethod
@@ -246,9 +247,7 @@ class Session:
         for layer in range(min(self.rules), self.host.info.depth):
             block = blocks[layer]
             self.handles.append(block.register_forward_pre_hook(BeforeBlock(self, layer), with_kwargs=True))
-            self.handles.append(
-                block.register_forward_hook(AfterBlock(self, layer), prepend=True, with_kwargs=True)
-            )
+            self.handles.append(block.register_forward_hook(AfterBlock(self, layer), prepend=True, with_kwargs=True))
             if layer in self.rules and self.rules[layer][0].placement == "attn":
                 self.seat(block, layer, _block_class)
         self.seat(self.host.encoder, -1, type(self.host).extend_encoder)
@@ -307,9 +306,7 @@ class Session:
         state = self._local.last or self._newest
         return Trace(state.table if state is not None else None, self.host.info.prefix)
 
-    def run_entry(
-        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def run_entry(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an entry point of the encoder; the outermost one opens the scope."""
         call = self.call
         if call.scope is not None:
@@ -371,9 +368,10 @@ class Session:
         if state is None:
             reference = self._by_pointer.get((layer, x.data_ptr()))
             state = reference() if reference is not None else None
-        if state is not None and layer in state.entry and state.entry[layer].count + self.host.info.prefix != x.shape[1]:
-            state = None
-        return self._begin(x) if state is None else state
+        fits = state is not None and (
+            layer not in state.entry or state.entry[layer].count + self.host.info.prefix == x.shape[1]
+        )
+        return state if state is not None and fits else self._begin(x)
 
     def _remember(self, layer: int, x: Tensor, state: ForwardState) -> None:
         """Let a recomputation of this block find its state: by its input, or (reentrant) by the input's memory."""
@@ -386,7 +384,9 @@ class Session:
 
     # -- the work ----------------------------------------------------------------------------------------------------
 
-    def before(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(
+        self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = self.host.tokens_in(args, kwargs)
         state = self.state_for(layer, x)
         table = state.enter(layer)
@@ -417,7 +417,7 @@ class Session:
     def after(self, layer: int, output: Any) -> Any:
         call = self.call
         state = call.running.pop(layer)
-        method, rule = self.rules.get(layer, (None, None))
+        method, _ = self.rules.get(layer, (None, None))
         if method is not None and method.placement == "block":
             x, table = self.reduce(layer, self.host.tokens_out(output), state.entry[layer])
             state.leave(layer, table)
@@ -456,7 +456,9 @@ class Session:
             return x, table
         prefix = self.host.info.prefix
         if isinstance(change, Keep):
-            indices = torch.cat([_iota(prefix, change.indices), change.indices + prefix], dim=1) if prefix else change.indices
+            indices = change.indices
+            if prefix:
+                indices = torch.cat([_iota(prefix, indices), indices + prefix], dim=1)
             return ops.gather_tokens(x, indices), table.apply(layer, method.name, change)
         return self._merge(x, change, table), table.apply(layer, method.name, change)
 
@@ -533,9 +535,7 @@ def scoped_entries(base: type, names: Sequence[str]) -> dict[str, Any]:
     return {name: entry(name) for name in names if hasattr(base, name)}
 
 
-def _bind_all(
-    methods: Sequence[EncoderMethod], info: EncoderInfo
-) -> dict[int, tuple[EncoderMethod, Any]]:
+def _bind_all(methods: Sequence[EncoderMethod], info: EncoderInfo) -> dict[int, tuple[EncoderMethod, Any]]:
     rules: dict[int, tuple[EncoderMethod, Any]] = {}
     for method in methods:
         for layer, rule in method.bind(info).items():
@@ -558,9 +558,9 @@ def gather_positions(value: Tensor, positions: Tensor, dim: int) -> Tensor:
     value = value.expand(positions.shape[0], *value.shape[1:])
     shape = [positions.shape[0]] + [1] * (value.dim() - 1)
     shape[dim] = positions.shape[1]
-    index = positions.reshape(shape).expand(*[
-        positions.shape[1] if axis == value.dim() + dim else size for axis, size in enumerate(value.shape)
-    ])
+    index = positions.reshape(shape).expand(
+        *[positions.shape[1] if axis == value.dim() + dim else size for axis, size in enumerate(value.shape)]
+    )
     return value.gather(dim, index)
 
 

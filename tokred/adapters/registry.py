@@ -44,9 +44,9 @@ def find_host(model: nn.Module) -> Host:
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") or outer == "" for outer, _, _ in found):
             continue
-        host = next((h for h in hosts if h.matches(module)), None)
-        if host is not None:
-            found.append((path, module, host))
+        family = next((h for h in hosts if h.matches(module)), None)
+        if family is not None:
+            found.append((path, module, family))
     if len(found) == 1:
         host = found[0][2](found[0][1])  # type: ignore[call-arg]
         host.place(model)

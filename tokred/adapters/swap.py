@@ -6,6 +6,7 @@ its no-split lists by them. Subclasses are cached, so two modules of one class s
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def _subclass(base: type, extend: Callable[[type], dict[str, Any]]) -> type:
             "__doc__": base.__doc__,
             "__reduce_ex__": _reduce_ex,
         }
-        _CACHE[key] = type(base)(base.__name__, (base,), names)
+        _CACHE[key] = types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(names))
     return _CACHE[key]
 
 
@@ -68,5 +69,4 @@ def _reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
 
 
 def _rebuild(base: type, extend: Callable[[type], dict[str, Any]]) -> Any:
-    cls = _subclass(base, extend)
-    return cls.__new__(cls)
+    return object.__new__(_subclass(base, extend))

@@ -54,9 +54,7 @@ def check_budget(field: str, value: object) -> float | int:
             return number
         if number > 1 and number.is_integer():
             return int(number)
-    raise InvalidParameterError(
-        f"{field}={value!r}: expected a fraction in (0, 1] or a whole number of tokens >= 1"
-    )
+    raise InvalidParameterError(f"{field}={value!r}: expected a fraction in (0, 1] or a whole number of tokens >= 1")
 
 
 def budget_tokens(budget: float | int, total: int) -> int:
@@ -105,7 +103,7 @@ def check_removals(field: str, r: object) -> int | tuple[float, ...]:
     ``(r, inflection)``; any other sequence counts tokens layer by layer. The canonical inflection is a float, and
     canonical counts are never exactly two (a zero is appended), so that both survive JSON.
     """
-    if isinstance(r, Integral) or isinstance(r, str) or not isinstance(r, Sequence):
+    if isinstance(r, (Integral, str)) or not isinstance(r, Sequence):
         return check_count(field, r)
     if len(r) == 2 and (isinstance(r[1], float) or (isinstance(r, tuple) and -1 <= r[1] <= 1)):
         mean, inflection = check_count(field, r[0]), float(r[1])

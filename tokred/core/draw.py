@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_step", "to_array"]
 
 _FADE = 0.16  # share of a dropped patch's colour that stays, so that its place can still be read
+_GROUND = (0.72, 0.80, 0.93)  # what it fades to: a tint, so that white parts of a picture do not look dropped
 
 
 def to_array(image: object) -> np.ndarray:
@@ -37,7 +38,7 @@ def draw_step(image: object, group: Tensor, grid: tuple[int, int]) -> Image:
     """Draw one reduction: `group` (total,) is the present token of each original patch, -1 where it was dropped.
 
     Dropped patches fade to the background, merged patches take the mean colour of their group and are outlined where
-    two groups meet.
+    two groups meet (darker, on dark ground lighter).
     """
     from PIL import Image
 
@@ -52,9 +53,11 @@ def draw_step(image: object, group: Tensor, grid: tuple[int, int]) -> Image:
         member = label == slot
         pixels[member] = pixels[member].mean(axis=0)
     dropped = label < 0
-    pixels[dropped] = pixels[dropped] * _FADE + (1 - _FADE)
+    pixels[dropped] = pixels[dropped] * _FADE + (1 - _FADE) * np.array(_GROUND)
     if merged.any():
-        pixels[_borders(label, merged)] *= 0.55
+        edge = _borders(label, merged)
+        bright = pixels[edge].mean(axis=-1, keepdims=True) > 0.25
+        pixels[edge] = np.where(bright, pixels[edge] * 0.55, pixels[edge] * 0.7 + 0.3)
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 

@@ -27,6 +27,7 @@ class Flops:
 
     Attributes:
         vision: encoder with embedding and head. llm: language model. scoring: what the methods add.
+        blocks: the part of `vision` that its blocks take (Zero-TPrune's paper counts blocks and scoring only).
         unreduced: vision and llm without any reduction.
         tokens: tokens per block that enter attention and MLP, prefix included, [(attention, mlp), ...].
     """
@@ -34,6 +35,7 @@ class Flops:
     vision: int
     llm: int = 0
     scoring: int = 0
+    blocks: int = 0
     unreduced: int = 0
     tokens: tuple[tuple[int, int], ...] = ()
 
@@ -109,6 +111,7 @@ def encoder_macs(info: EncoderInfo, *methods: Method) -> Flops:
     return Flops(
         vision=fixed + blocks,
         scoring=scoring,
+        blocks=blocks,
         unreduced=fixed + info.depth * info.block_macs(full, full),
         tokens=tuple(seen),
     )

@@ -40,18 +40,23 @@ class Method:
             _REGISTRY[cls.name] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
-        fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+        fields: set[str] = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
         for key in kwargs:
             if key not in fields:
-                raise UnknownParameterError(
-                    f"{cls.__name__} has no parameter {key!r}{nearest(key, fields)}; it has: {', '.join(sorted(fields))}"
-                )
+                hint = f"{nearest(key, fields)}; it has: {', '.join(sorted(fields))}"
+                raise UnknownParameterError(f"{cls.__name__} has no parameter {key!r}{hint}")
         return super().__new__(cls)
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"method": name, field: value, ...}`` of JSON types; `tokred.from_dict` reads it back."""
         assert dataclasses.is_dataclass(self)
         return {"method": self.name, **{f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+    def __repr__(self) -> str:
+        """Show the fields that differ from their defaults."""
+        assert dataclasses.is_dataclass(self)
+        shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def replace(self, **changes: Any) -> Any:
         """Return a copy with some fields changed."""
@@ -152,7 +157,8 @@ def resolve(method: object, parameters: Mapping[str, Any]) -> list[Method]:
         by_class = {cls.__name__.lower(): name for name, cls in known.items()}
         key = by_class.get(key, key)
         if key not in known:
-            raise UnknownMethodError(f"unknown method {method!r}{nearest(method, known)}; known: {', '.join(sorted(known))}")
+            hint = f"{nearest(method, known)}; known: {', '.join(sorted(known))}"
+            raise UnknownMethodError(f"unknown method {method!r}{hint}")
         method = known[key]
     if isinstance(method, type) and issubclass(method, Method):
         return [method(**parameters)]
@@ -163,7 +169,7 @@ def resolve(method: object, parameters: Mapping[str, Any]) -> list[Method]:
                 f"{sorted(parameters)} are no options of patch; parameters of {name} go into {name}(...)"
             )
         return [method]
-    raise InvalidParameterError(f"{method!r} is no method: give an instance such as tokred.ToMe(r=8), a name, or a list")
+    raise InvalidParameterError(f"{method!r} is no method: give one such as tokred.ToMe(r=8), its name, or a list")
 
 
 def from_dict(data: Mapping[str, Any]) -> Method:
@@ -190,5 +196,5 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {int(k) if isinstance(k, str) and k.lstrip("-").isdigit() else k: _from_json(v) for k, v in value.items()}
+        return {int(k) if isinstance(k, str) and k.isdigit() else k: _from_json(v) for k, v in value.items()}
     return value

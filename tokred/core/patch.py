@@ -14,9 +14,7 @@ from tokred.core.errors import (
     CompiledModelError,
     ConflictError,
     MissingSiteError,
-    UnknownParameterError,
     UnsupportedModelError,
-    nearest,
 )
 from tokred.core.host import Attachment, Host
 from tokred.core.method import Method, resolve

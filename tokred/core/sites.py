@@ -172,11 +172,18 @@ class EncoderBlock:
         return self.attention_rows(slice(0, 1))[:, :, 0, self.prefix :]
 
     def attention_mass(self) -> Tensor:
-        """(B, H, n) float32: attention received by each prunable token, summed over all queries (prefix included)."""
+        """(B, H, n) float32: attention that each prunable token receives, summed over all real queries."""
         tap = self.attention
-        if tap.probabilities is not None:
-            return tap.probabilities.float().sum(dim=2)[:, :, self.prefix :]
-        return ops.attention_mass(tap.q, tap.k, tap.scale, mask=tap.mask)[:, :, self.prefix :]
+        weights = None
+        if self.valid is not None:  # padding asks for nothing
+            weights = torch.cat([self.valid.new_ones(self.valid.shape[0], self.prefix), self.valid], dim=1).float()
+        if tap.probabilities is None:
+            mass = ops.attention_mass(tap.q, tap.k, tap.scale, mask=tap.mask, query_weights=weights)
+        elif weights is None:
+            mass = tap.probabilities.float().sum(dim=2)
+        else:
+            mass = torch.einsum("bhqk,bq->bhk", tap.probabilities.float(), weights)
+        return mass[:, :, self.prefix :]
 
     def attention_matrix(self, temperature: float = 1.0) -> Tensor:
         """(B, H, N, N) float32: the whole attention matrix of this layer; logits are divided by `temperature`."""

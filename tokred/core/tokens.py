@@ -139,12 +139,12 @@ class TokenTable:
 
     @property
     def group(self) -> Tensor | None:
-        """(B, total) int64: the present slot of each original token, -1 where it was dropped. None if nothing changed."""
+        """(B, total) int64: the present slot of each original token, -1 where dropped; None if nothing changed."""
         return self._derived("_group", self._make_group)
 
     @property
     def origins(self) -> Tensor | None:
-        """(B, n) int64: the original token that each present token is (after a merge: stands for). None if nothing changed."""
+        """(B, n) int64: the original token that each present one is (merged: stands for); None if nothing changed."""
         return self._derived("_origins", self._make_origins)
 
     def _derived(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:

@@ -145,7 +145,8 @@ def _steps(table: TokenTable) -> Sequence[TraceStep]:
     for end, step in enumerate(table.steps, start=1):
         partial = TokenTable(table.batch, table.total, table.steps[:end], grid=table.grid)
         origins, group = partial.origins, partial.group
-        assert origins is not None and group is not None
+        assert origins is not None
+        assert group is not None
         valid = getattr(step.change, "valid", None)
         steps.append(TraceStep(step.layer, step.method, step.tokens_in, step.tokens_out, origins, group, valid))
     return steps

@@ -1,1 +1,1 @@
-"""Methods for vision encoders. Each file holds one method's equations and imports `tokred.core` and `tokred.ops` only."""
+"""Methods for vision encoders: the equations of one paper a file, on `tokred.core` and `tokred.ops` alone."""

@@ -10,8 +10,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokred.core.budget import budget_tokens, check_budget, check_choice, check_count, check_fraction, check_layers
-from tokred.core.budget import resolve_layers
+from tokred.core.budget import (
+    budget_tokens,
+    check_budget,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_layers,
+    resolve_layers,
+)
 from tokred.core.errors import InvalidParameterError, LayerError
 from tokred.core.method import EncoderMethod, keep_top
 from tokred.core.sites import EncoderBlock, EncoderInfo, Placement
@@ -20,7 +27,7 @@ from tokred.core.tokens import Keep
 __all__ = ["RandomTokens"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RandomTokens(EncoderMethod):
     """Keep a random subset, the same positions for every image of a size (so a batch equals its images one by one).
 

@@ -22,7 +22,7 @@ __all__ = ["ToMe", "match_bipartite", "match_every_kth", "match_random"]
 Metric = Literal["key", "key_concat", "query", "value", "x"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ToMe(EncoderMethod):
     """Token merging by bipartite soft matching.
 

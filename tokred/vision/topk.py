@@ -20,7 +20,7 @@ from tokred.core.tokens import Keep, Merge
 __all__ = ["TopK"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TopK(EncoderMethod):
     """Keep the tokens that the class token attends to most.
 
@@ -48,7 +48,7 @@ class TopK(EncoderMethod):
         check_choice("score", self.score, ("cls", "mass"))
         if self.layers is not None:
             object.__setattr__(self, "layers", check_layers("layers", self.layers))
-        if isinstance(self.keep_rate, Sequence):
+        if isinstance(self.keep_rate, Sequence) and not isinstance(self.keep_rate, str):
             object.__setattr__(self, "keep_rate", tuple(check_fraction("keep_rate", rate) for rate in self.keep_rate))
             expected = len(self.layers if self.layers is not None else self.default_layers)
             if len(self.keep_rate) != expected:

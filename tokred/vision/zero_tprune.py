@@ -20,15 +20,13 @@ from tokred.core.errors import InvalidParameterError, LayerError, nearest
 from tokred.core.method import EncoderMethod
 from tokred.core.sites import EncoderBlock, EncoderInfo, Placement
 from tokred.core.tokens import Keep
+from tokred.vision.zero_tprune_search import fit_flops, shape
 
 __all__ = ["PRESETS", "Importance", "Similar", "Stage", "ZeroTPrune", "importance", "similar_tokens"]
 
 Partition = Literal["sequential_u", "sequential_i", "alternate", "random", "none"]
 Feature = Literal["key", "key_mean", "query", "value", "x_before", "x_after"]
 SIMILARITIES = ("cosine", "dot", "l1", "l2", "minkowski3", "minkowski4", "minkowski5", "linf")
-
-_SHAPE_LAYERS = (1, 3, 6, 9)
-_SHAPE_SLOPE = (0.0, 0.1, 0.2, 0.3)
 
 
 class Stage(NamedTuple):
@@ -39,25 +37,20 @@ class Stage(NamedTuple):
     iters: int
 
 
-def _shape(c: float, r_s: int) -> dict[int, tuple[int, float]]:
-    """The family of schedules behind the presets: keep rates fall with depth, r_S is constant."""
-    return {layer: (r_s, round(1 - c * slope, 6)) for layer, slope in zip(_SHAPE_LAYERS, _SHAPE_SLOPE, strict=True)}
-
-
 #: Schedules for 12 blocks and 196 tokens: {block: (r_S, keep)}. "deit_s_3.08g" is recalled from the paper and its count
 #: agrees with the published 3.08 G; the others are our own of the same shape at the published (or round) costs.
 PRESETS: dict[str, dict[int, tuple[int, float]]] = {
-    "deit_s_3.08g": {1: (10, 1.0), 3: (10, 0.9), 6: (10, 0.8), 9: (10, 0.7), 11: (10, 1.0)},
-    "deit_s_3.97g": _shape(0.2, 6),  # cost of Zero-TP-c
-    "deit_s_3.40g": _shape(0.58, 10),
-    "deit_s_2.97g": _shape(1.16, 10),  # cost of Zero-TP-a
-    "deit_s_2.80g": _shape(1.42, 10),
-    "deit_s_2.50g": _shape(1.95, 10),  # cost of Zero-TP-b
-    "deit_s_2.21g": _shape(2.585, 10),
+    "deit_s_3.08g": {0: (10, 1.0), 2: (10, 0.9), 5: (10, 0.8), 8: (10, 0.7), 10: (10, 1.0)},
+    "deit_s_3.97g": shape(0.2, 6),  # cost of Zero-TP-c
+    "deit_s_3.40g": shape(0.58, 10),
+    "deit_s_2.97g": shape(1.16, 10),  # cost of Zero-TP-a
+    "deit_s_2.80g": shape(1.42, 10),
+    "deit_s_2.50g": shape(1.95, 10),  # cost of Zero-TP-b
+    "deit_s_2.21g": shape(2.585, 10),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ZeroTPrune(EncoderMethod):
     """Prune by importance on the attention graph (I-stage) after removing near-copies (S-stage).
 
@@ -117,10 +110,8 @@ class ZeroTPrune(EncoderMethod):
     name: ClassVar[str] = "zero_tprune"
     title: ClassVar[str] = "Zero-TPrune"
     paper: ClassVar[str] = "Zero-TPrune: Zero-Shot Token Pruning (CVPR 2024, arXiv 2305.17328)"
-    conflicts: ClassVar[dict[str, str]] = {
-        "tome": "pruning by importance assumes that every token still is one patch"
-    }
-    default_layers: ClassVar[tuple[int, ...]] = _SHAPE_LAYERS
+    conflicts: ClassVar[dict[str, str]] = {"tome": "pruning by importance assumes that every token still is one patch"}
+    default_layers: ClassVar[tuple[int, ...]] = (1, 3, 6, 9)
 
     def __post_init__(self) -> None:
         given = [name for name in ("keep_rate", "preset", "schedule", "flops") if getattr(self, name) is not None]
@@ -137,7 +128,9 @@ class ZeroTPrune(EncoderMethod):
         if self.schedule is not None:
             object.__setattr__(self, "schedule", _check_schedule(self.schedule))
         if self.flops is not None and not _positive(self.flops):
-            raise InvalidParameterError(f"flops={self.flops!r}: expected a fraction below 1 or a number of multiply-adds")
+            raise InvalidParameterError(
+                f"flops={self.flops!r}: expected a fraction below 1 or a number of multiply-adds"
+            )
         if self.layers is not None:
             if self.keep_rate is None:
                 raise InvalidParameterError(f"layers belongs to keep_rate; {given[0]} brings its own blocks")
@@ -189,7 +182,7 @@ class ZeroTPrune(EncoderMethod):
         foreign = [position for position in self.boosted or () if position >= info.prefix]
         if foreign:
             raise InvalidParameterError(
-                f"boosted={self.boosted!r}: position {foreign[0]} is no prefix token of this model, which has {info.prefix}"
+                f"boosted={self.boosted!r}: position {foreign[0]} is none of this model's {info.prefix} prefix tokens"
             )
         outside = [layer for layer in plan if layer >= info.depth]
         if outside:
@@ -245,7 +238,7 @@ class ZeroTPrune(EncoderMethod):
         self, attention: Tensor, alive: Tensor | None, iterations: int, prefix: int, class_tokens: int
     ) -> Importance:
         """Importance of the prunable tokens by the options of this method; see the function `importance`."""
-        boosted = range(class_tokens) if self.boosted is None else self.boosted
+        boosted: Sequence[int] = range(class_tokens) if self.boosted is None else self.boosted
         return importance(
             attention,
             alive,
@@ -289,7 +282,9 @@ class ZeroTPrune(EncoderMethod):
 
     def cost(self, info: EncoderInfo, tokens: int, rule: Stage) -> int:
         total = tokens + info.prefix
-        votes = (1 if rule.r_s and self.order == "SI" else 0) + (rule.iters if rule.keep < 1 or self.order == "IS" else 0)
+        votes = (1 if rule.r_s and self.order == "SI" else 0) + (
+            rule.iters if rule.keep < 1 or self.order == "IS" else 0
+        )
         width = {"key_mean": info.head_dim, "x_before": info.dim, "x_after": info.dim}.get(
             self.feature, info.kv_heads * info.head_dim
         )
@@ -336,7 +331,7 @@ def importance(
         alive: (B, n) bool of prunable tokens that take part, None for all.
         boosted: positions that start with weight sqrt(N_alive) ("sqrt") or 1 + N_alive / 2 ("half_n").
     """
-    batch, heads, total, _ = attention.shape
+    batch, _, total, _ = attention.shape
     everyone = None
     alive_count: Any = total
     if alive is not None:
@@ -367,13 +362,12 @@ def importance(
 
 def _head_variance(scores: Tensor, alive: Tensor | None, count: Any, var_norm: str) -> Tensor:
     """(B, H): biased variance over the alive candidates; dead ones have score 0 and are taken out of the sum."""
-    total = scores.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    total = scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     n = count if isinstance(count, int) else count[:, :, None]
     if var_norm == "mean1":
-        scores, mean = scores * n / total, 1.0
+        deviation = (scores * n / total - 1) ** 2
     else:
-        mean = total / n
-    deviation = (scores - mean) ** 2
+        deviation = (scores - total / n) ** 2
     if alive is not None:
         deviation = deviation * alive[:, None]
     return deviation.sum(dim=-1) / count
@@ -467,55 +461,12 @@ def default_iterations(layer: int, depth: int) -> int:
     return 1 if layer >= depth - 3 else 5
 
 
-def fit_flops(method: ZeroTPrune, info: EncoderInfo, target: float) -> dict[int, tuple[int, float]]:
-    """Find the schedule of the presets' shape whose multiply-adds meet `target` within 1 %.
-
-    Blocks (1, 3, 6, 9) of 12 scale with the depth, r_S = 10 of 196 tokens with the number of tokens. The slope of the
-    keep rates is found by bisection; where whole tokens are too coarse for 1 %, other r_S are tried.
-
-    Raises:
-        InvalidParameterError: the target is out of reach; the reachable range is named.
-    """
-    if info.tokens < 2:
-        raise InvalidParameterError("flops= needs an encoder of known image size; give schedule= instead")
-    from tokred.core.flops import encoder_macs
-
-    full = encoder_macs(info).total
-    wanted = target * full if target < 1 else target
-    layers = sorted({max(1, round(layer * info.depth / 12)) for layer in _SHAPE_LAYERS})
-    usual = round(10 * info.tokens / 196)
-
-    def schedule(c: float, r_s: int) -> dict[int, tuple[int, float]]:
-        return {layer: (r_s, max(1 - c * slope, 0.02)) for layer, slope in zip(layers, _SHAPE_SLOPE, strict=False)}
-
-    def macs(c: float, r_s: int) -> int:
-        trial = method.replace(flops=None, schedule=schedule(c, r_s))
-        return encoder_macs(info, trial).total
-
-    best: tuple[float, float, int] | None = None
-    for r_s in sorted(range(0, 2 * usual + 1), key=lambda r: abs(r - usual)):
-        low, high = 0.0, 10.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if macs(middle, r_s) > wanted else (low, middle)
-        error = abs(macs(high, r_s) / wanted - 1)
-        if best is None or error < best[0]:
-            best = (error, high, r_s)
-        if best[0] <= 0.005:
-            break
-    assert best is not None
-    if best[0] > 0.01:
-        raise InvalidParameterError(
-            f"flops={target!r} cannot be met within 1 % on this encoder: schedules of this shape reach "
-            f"{macs(10.0, 2 * usual) / full:.2f} to {macs(0.0, 0) / full:.2f} of its {full / 1e9:.3f} G; give schedule="
-        )
-    return schedule(best[1], best[2])
-
-
 def _check_schedule(schedule: Mapping[int, Sequence[float]]) -> dict[int, tuple[float, ...]]:
     checked: dict[int, tuple[float, ...]] = {}
     if not isinstance(schedule, Mapping) or not schedule:
-        raise InvalidParameterError(f"schedule={schedule!r}: expected {{block: (r_S, keep)}} or (r_S, keep, iterations)")
+        raise InvalidParameterError(
+            f"schedule={schedule!r}: expected {{block: (r_S, keep)}} or (r_S, keep, iterations)"
+        )
     for layer, entry in schedule.items():
         if not isinstance(entry, Sequence) or len(entry) not in (2, 3):
             raise InvalidParameterError(f"schedule[{layer}]={entry!r}: expected (r_S, keep) or (r_S, keep, iterations)")
@@ -525,12 +476,12 @@ def _check_schedule(schedule: Mapping[int, Sequence[float]]) -> dict[int, tuple[
     return dict(sorted(checked.items()))
 
 
-def _number(value: object) -> bool:
+def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+def _positive(value: Any) -> bool:
+    return _number(value) and 0 < value < math.inf
 
 
 def _check_range(field: str, value: object) -> tuple[float, float]:
