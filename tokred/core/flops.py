@@ -18,7 +18,7 @@ from tokred.core.errors import InvalidParameterError, UnsupportedModelError
 from tokred.core.method import EncoderMethod, Method, resolve
 from tokred.core.sites import EncoderInfo
 
-__all__ = ["Flops", "encoder_macs", "flops"]
+__all__ = ["Flops", "encoder_info", "encoder_macs", "flops"]
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,17 @@ def flops(model_or_config: object, inputs_or_sizes: object = None, method: objec
     if method is None:
         record = next((m.__dict__["_tokred"] for m in model.modules() if "_tokred" in m.__dict__), None)
         methods = record.methods if record is not None else ()
+    return encoder_macs(encoder_info(model, inputs_or_sizes), *methods)
+
+
+def encoder_info(model: nn.Module, inputs_or_sizes: object = None) -> EncoderInfo:
+    """Describe the vision encoder of a model, for images of the given size (as `flops` takes it)."""
     from tokred.adapters.registry import find_host
 
     host = find_host(model)
-    info = getattr(host, "info", None)
-    if not isinstance(info, EncoderInfo):
-        raise UnsupportedModelError(f"{host.family} models cannot be counted")
-    return encoder_macs(host.info_for(_image_size(inputs_or_sizes)), *methods)  # type: ignore[attr-defined]
+    if not hasattr(host, "info_for"):
+        raise UnsupportedModelError(f"{host.family} models have no vision encoder that can be described")
+    return host.info_for(_image_size(inputs_or_sizes))
 
 
 def encoder_macs(info: EncoderInfo, *methods: Method) -> Flops:

@@ -160,7 +160,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 def unwrap(model: Any) -> Any:
     """The module behind torch.compile's wrapper and DistributedDataParallel."""
     while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        if type(model).__name__ == "OptimizedModule":  # by name: importing torch._dynamo takes seconds
             # the class swap of the encoder invalidates the guards of what was compiled before
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tokred.core.budget import check_count
 from tokred.core.errors import InvalidParameterError
-from tokred.core.flops import encoder_macs
+from tokred.core.flops import encoder_info, encoder_macs
 from tokred.core.patch import patch
 from tokred.core.sites import EncoderInfo
 
@@ -118,15 +118,13 @@ def search(
         flops: multiply-adds of the pruned model, below 1 as a share of the unpruned one.
         method: other options of the method (order, partition, ...) that every trial uses.
     """
-    from tokred.adapters.registry import find_host
     from tokred.vision.zero_tprune import ZeroTPrune
 
     check_count("trials", trials, minimum=1)
     if len(images) == 0:
         raise InvalidParameterError("images is empty: the search needs images to score schedules on")
     method = method or ZeroTPrune()
-    host: Any = find_host(model)
-    info = host.info_for((int(images.shape[-2]), int(images.shape[-1])))
+    info = encoder_info(model, images)
     plans = _draw(method, info, flops, trials, seed)
     wanted = labels if labels is not None else _top1(model, images, batch_size)
     done: list[Trial] = []
