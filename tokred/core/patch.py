@@ -39,6 +39,7 @@ class Patch:
         self._host = host
         self._options = dict(options)
         self._attachment: Attachment | None = None
+        self._last_trace = Trace(None)
 
     def _install(self) -> None:
         check_fit(self._host, self.methods)
@@ -59,10 +60,8 @@ class Patch:
 
     @property
     def trace(self) -> Trace:
-        """What the last forward pass of this thread kept."""
-        if self._attachment is None:
-            raise RuntimeError("this patch was removed; there is nothing to trace")
-        return self._attachment.trace
+        """What the last forward pass of this thread kept; after `remove`, what it was then."""
+        return self._attachment.trace if self._attachment is not None else self._last_trace
 
     def replace(self, method: object, **parameters: Any) -> Patch:
         """Put another method, or the same with other settings, in place of the present one.
@@ -93,6 +92,7 @@ class Patch:
     def remove(self) -> None:
         """Take everything that tokred put there away; safe to call twice."""
         if self._attachment is not None:
+            self._last_trace = self._attachment.trace
             self._attachment.remove()
             self._attachment = None
         if self.model.__dict__.get(_RECORD) is self:

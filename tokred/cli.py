@@ -1,0 +1,348 @@
+"""The command `tokred`.
+
+Heavy libraries are imported by the command that needs them. What tokred refuses ends as one line on stderr and exit
+code 2; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main", "parser"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or 2 for what was refused (argparse exits with 2 itself)."""
+    given = parser().parse_args(argv)
+    from tokred.core.errors import TokredError
+
+    try:
+        given.run(given)
+    except (TokredError, ImportError, OSError) as error:
+        if given.debug:
+            raise
+        if isinstance(error, BrokenPipeError):  # `tokred list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"tokred {given.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f'{error.name} is not installed; run: pip install "tokred[demo]"'
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of the command."""
+    from tokred import __version__
+
+    root = argparse.ArgumentParser(
+        prog="tokred",
+        description="Token reduction for vision and multimodal models: what there is, what it keeps, what it costs.",
+    )
+    root.add_argument("--version", action="version", version=f"tokred {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON to stdout and nothing else there")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_list(commands, common)
+    _add_bench(commands, common)
+    _add_inspect(commands, common)
+    return root
+
+
+def _add(commands: Any, common: argparse.ArgumentParser, name: str, run: Any, short: str, text: str) -> Any:
+    made = commands.add_parser(
+        name,
+        parents=[common],
+        help=short,
+        description=textwrap.dedent(text).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(run=run)
+    return made
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``key=value``; the value is a Python literal (0.5, 3,6,9, None, {1: (10, 0.9)}), else a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no key=value")
+    try:
+        parsed = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+    except (ValueError, SyntaxError):
+        parsed = value
+    return key.strip(), parsed
+
+
+def _method_setting(text: str) -> tuple[str, str, Any]:
+    key, value = _setting(text)
+    method, dot, name = key.partition(".")
+    if not dot:
+        raise argparse.ArgumentTypeError(f"{text!r} is no method.key=value, such as zero_tprune.vhf=None")
+    return method, name, value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.8,0.65,0.5") from None
+
+
+# -- list --------------------------------------------------------------------------------------------------------------
+
+
+def _add_list(commands: Any, common: argparse.ArgumentParser) -> None:
+    _add(
+        commands,
+        common,
+        "list",
+        _list,
+        "methods, model families, and which fits which",
+        """
+        List the methods (with their parameters and defaults), the model families whose library is installed (with
+        what they refuse, and why), and which method fits which family.
+        """,
+    )
+
+
+def _list(given: argparse.Namespace) -> None:
+    import tokred
+    from tokred.core.catalog import compatibility
+    from tokred.eval.report import dumps
+
+    methods, hosts, fits = tokred.methods(), tokred.hosts(), compatibility()
+    if given.json:
+        records = [{**m.to_dict(), "parameters": _defaults(m.parameters)} for m in methods]
+        print(dumps({"methods": records, "hosts": [h.to_dict() for h in hosts], "compatibility": fits}))
+        return
+    print("METHODS")
+    for m in methods:
+        print(f"\n{m.name}  (tokred.{m.cls}; acts at {', '.join(m.sites)})\n  {m.paper}")
+        text = ", ".join(f"{key}={_shown(value)}" for key, value in _defaults(m.parameters).items())
+        print(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
+    print("\nMODEL FAMILIES")
+    for h in hosts:
+        print(f"\n{h.family}  (sites: {', '.join(h.sites)})")
+        print(textwrap.fill(", ".join(h.classes), 118, initial_indent="  ", subsequent_indent="  "))
+        for name, reason in h.refusals.items():
+            print(f"  refused: {name}: {reason}")
+    if not hosts:
+        print('\nno model library is installed; run: pip install "tokred[timm]" (or openclip, transformers, diffusers)')
+        return
+    from tokred.eval.report import table
+
+    print("\nWHICH FITS WHICH\n")
+    rows = [[name, *("yes" if hosting[h.family] else "-" for h in hosts)] for name, hosting in fits.items()]
+    print(table(["method", *(h.family for h in hosts)], [rows]))
+
+
+def _defaults(parameters: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import MISSING
+
+    return {key: "required" if value is MISSING else value for key, value in parameters.items()}
+
+
+def _shown(value: Any) -> str:
+    return value if value == "required" else repr(value)
+
+
+# -- bench -------------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
+    from tokred.eval.bench import TASKS, BenchOptions
+
+    made = _add(
+        commands,
+        common,
+        "bench",
+        _bench,
+        "accuracy, cost and speed of methods on bundled models and data",
+        """
+        Compare methods at equal cost on a bundled model and held-out data, offline: accuracy with its standard error,
+        the paired difference to random dropping of as many tokens, tokens, GMACs, images/s, speed-up and its limit by
+        GMACs. Prints a table (or --json) and writes pictures and results.json to --out. The default takes two to three
+        minutes on two cores.
+        """,
+    )
+    tasks = "; ".join(f"{name}: {about}" for name, (_, about) in TASKS.items())
+    made.add_argument("--task", default="vit", help=f"what to measure ({tasks})")
+    made.add_argument("--methods", type=_names, metavar="A,B", help="default: topk,zero_tprune,tome")
+    made.add_argument(
+        "--levels",
+        type=_numbers,
+        metavar="X,Y",
+        help="costs, as shares of the unpatched GMACs (default: 0.8,0.65,0.5; with --ablate 0.68)",
+    )
+    made.add_argument("--scenes", type=int, metavar="N", help="held-out scenes (default: 1000; with --ablate 2000)")
+    made.add_argument("--seed", type=int, default=BenchOptions.seed, help="of the scenes (default: %(default)s)")
+    made.add_argument("--split", default="test", choices=("test", "val"), help="which scenes (default: test)")
+    made.add_argument(
+        "--threads",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        metavar="N",
+        help="accuracy passes side by side (default here: %(default)s); speed is always measured on one thread",
+    )
+    made.add_argument(
+        "--rounds", type=int, default=BenchOptions.rounds, help="timed pairs a row (default: %(default)s)"
+    )
+    made.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        type=_method_setting,
+        default=[],
+        metavar="METHOD.KEY=VALUE",
+        help="another parameter of a method, e.g. zero_tprune.vhf=None; may be repeated",
+    )
+    made.add_argument("--ablate", metavar="METHOD", help="take a method apart instead: zero_tprune")
+    made.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="other weights of the bundled model's architecture"
+    )
+    made.add_argument("--fast", action="store_true", help="a dry run of seconds: 50 scenes, one level, one pair")
+    made.add_argument("--out", type=Path, metavar="DIR", help="default: outputs/bench-TASK")
+
+
+def _bench(given: argparse.Namespace) -> None:
+    import torch
+
+    from tokred.eval.bench import BenchOptions, Progress, task
+
+    parameters: dict[str, dict[str, Any]] = {}
+    for method, key, value in given.settings:
+        parameters.setdefault(method.replace("-", "_"), {})[key] = value
+    fast: dict[str, Any] = {"levels": [0.65], "scenes": 50, "rounds": 1} if given.fast else {}
+    options = BenchOptions(
+        out=given.out or Path("outputs") / f"bench-{given.task}",
+        methods=given.methods,
+        levels=given.levels or fast.get("levels"),
+        scenes=given.scenes or fast.get("scenes"),
+        seed=given.seed,
+        split=given.split,
+        threads=given.threads,
+        rounds=fast.get("rounds", given.rounds),
+        parameters=parameters,
+        ablate=given.ablate.replace("-", "_") if given.ablate else None,
+        checkpoint=given.checkpoint,
+    )
+    module = task(given.task)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # passes run side by side instead: two threads in one small model wait for each other
+    try:
+        with Progress() as progress:
+            results = module.run(options, progress)
+    finally:
+        torch.set_num_threads(before)
+    if given.json:
+        from tokred.eval.report import dumps
+
+        print(dumps(results))
+        return
+    print(module.show(results))
+    print(f"\n{results['seconds']:.0f} s. Written:")
+    for path in results["files"].values():
+        print(f"  {path}")
+
+
+# -- inspect -----------------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
+    made = _add(
+        commands,
+        common,
+        "inspect",
+        _inspect,
+        "a picture of what a method keeps of an image, layer by layer",
+        """
+        Run one image through a patched model; print tokens and GMACs by layer and write a picture: the input, then what
+        is left after each reduction. Dropped patches fade, merged patches share their mean colour.
+
+          tokred inspect --method zero_tprune --set keep_rate=0.7 demo
+          tokred inspect --model vit_base_patch16_224 --pretrained --method tome --set r=13 cat.jpg
+          tokred inspect --model hf:facebook/dinov2-small --method topk --set keep_rate=0.5 cat.jpg
+        """,
+    )
+    made.add_argument("image", metavar="IMAGE", help="a path, or: demo (a bundled test scene)")
+    made.add_argument(
+        "--model",
+        default="digit-vit",
+        help="a bundled model, a timm architecture, or hf:<id or path> (default: %(default)s)",
+    )
+    made.add_argument("--pretrained", action="store_true", help="timm's released weights (downloads them)")
+    made.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for the timm architecture")
+    made.add_argument("--image-size", type=int, metavar="N", help="run a timm model at N x N pixels")
+    made.add_argument("--method", required=True, help="by name, see: tokred list")
+    made.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        type=_setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the method; may be repeated",
+    )
+    made.add_argument("--out", type=Path, metavar="FILE", help="default: outputs/inspect-MODEL-METHOD.png")
+    made.add_argument("--size", type=int, default=224, metavar="N", help="side of each panel in pixels (default: 224)")
+
+
+def _inspect(given: argparse.Namespace) -> None:
+    from tokred.core.errors import InvalidParameterError
+    from tokred.core.method import resolve
+    from tokred.eval.inspection import inspect, load_image, load_subject
+    from tokred.eval.report import dumps
+
+    if not 16 <= given.size <= 2048:
+        raise InvalidParameterError(f"--size {given.size}: expected 16 to 2048 pixels")
+    settings = dict(given.settings)
+    name = resolve(given.method, settings)[0].name  # a wrong method is refused before a model is loaded
+    image = load_image(given.image)
+    subject = load_subject(given.model, given.pretrained, given.checkpoint, given.image_size)
+    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in given.model)
+    out = given.out or Path("outputs") / f"inspect-{safe}-{name}.png"
+    found = inspect(subject, image, name, settings, out, given.size)
+    if subject.weights == "random":
+        print(
+            "note: random weights; pass --pretrained or --checkpoint for a selection that means something",
+            file=sys.stderr,
+        )
+    if given.json:
+        print(dumps(found))
+        return
+    print(
+        f"{found['model']} ({found['weights']} weights), {found['patches']} patches + {found['prefix']} prefix tokens"
+    )
+    if found["gmacs"] is not None:
+        saved = 1 - found["gmacs"] / found["gmacs_unpatched"]
+        print(f"{found['gmacs_unpatched']:.4g} > {found['gmacs']:.4g} GMACs ({-saved:+.1%})")
+    if not found["steps"]:
+        print("these settings keep every token")
+    for step in found["steps"]:
+        print(f"  block {step['layer']:>2}: {step['tokens_in']:>4} > {step['tokens_out']:>4} tokens")
+    print(f"written: {out} ({found['picture']['width']} x {found['picture']['height']})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

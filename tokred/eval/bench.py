@@ -1,0 +1,117 @@
+"""`tokred bench`: the tasks that it knows, what they are given and what they give back.
+
+A task is a module with ``run(options, progress) -> dict`` (the results, of JSON types, pictures already written) and
+``show(results) -> str`` (the table). It is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tokred.core.errors import InvalidParameterError, TokredError, nearest
+
+__all__ = ["TASKS", "BenchOptions", "MissingExtraError", "Progress", "require", "task"]
+
+#: name -> (module, what it measures)
+TASKS: dict[str, tuple[str, str]] = {
+    "vit": ("tokred.eval.bench_vit", "the bundled digit-scene ViT under ToMe, Top-K and Zero-TPrune"),
+}
+
+
+class MissingExtraError(TokredError, ImportError):
+    """An optional package is not installed."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `tokred bench` was asked for. None leaves the choice to the task.
+
+    Attributes:
+        methods: by name. levels: costs, as shares of the unpatched multiply-adds. scenes: held-out scenes.
+        seed: of the scenes' sequence; random subsets are numbered from it too. split: "test" or "val".
+        threads: for accuracy; speed is always measured on one. rounds: timed pairs for each row.
+        parameters: {method: {parameter: value}}.
+        ablate: a method to take apart instead. checkpoint: other weights of the task's model.
+        out: folder for pictures and results.json.
+    """
+
+    out: Path
+    methods: Sequence[str] | None = None
+    levels: Sequence[float] | None = None
+    scenes: int | None = None
+    seed: int = 777
+    split: str = "test"
+    threads: int = 1
+    rounds: int = 5
+    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ablate: str | None = None
+    checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("scenes", 2), ("seed", 0), ("threads", 1), ("rounds", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidParameterError(f"--{name} {value}: expected at least {least}")
+        for level in self.levels or ():
+            if not 0 < level < 1:
+                raise InvalidParameterError(f"--levels {level}: expected shares of the multiply-adds in (0, 1)")
+
+
+def task(name: str) -> ModuleType:
+    """The module of a task."""
+    if name not in TASKS:
+        raise InvalidParameterError(f"no task {name!r}{nearest(name, TASKS)}; there are: {', '.join(TASKS)}")
+    return importlib.import_module(TASKS[name][0])
+
+
+def require(extra: str, *packages: str, what: str) -> None:
+    """Say at once what is missing, rather than minutes later.
+
+    Raises:
+        MissingExtraError: with the command that installs it.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingExtraError(f'{what} needs {", ".join(missing)}; run: pip install "tokred[{extra}]"')
+
+
+class Progress:
+    """Progress bars on stderr, one at a time, that may be advanced from several threads."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bar: Any = None
+        self._lock = threading.Lock()
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        self.stop()
+        shape = "{desc:<22}{percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]"
+        self._bar = tqdm(
+            total=total, desc=label, unit=unit, file=sys.stderr, disable=self.quiet, bar_format=shape, mininterval=0.2
+        )
+
+    def advance(self, amount: int = 1) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(amount)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()

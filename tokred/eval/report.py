@@ -1,0 +1,184 @@
+"""Tables for a terminal, JSON, and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Curve", "Panel", "accuracy_plot", "contact_sheet", "dumps", "table", "token_chain"]
+
+_INK, _FAINT, _GOOD, _BAD = "#1f2430", "#6b7280", "#15803d", "#b91c1c"
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], left: int = 1) -> str:
+    """Lay out a plain-text table.
+
+    Args:
+        header: column titles. groups: rows of cells, in groups that a rule divides.
+        left: so many columns from the left are set flush left, the others flush right.
+    """
+    rows = [row for group in groups for row in group]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    parts = [line(header), rule]
+    for number, group in enumerate(groups):
+        parts += [rule] * bool(number) + [line(row) for row in group]
+    return "\n".join(parts)
+
+
+def token_chain(total: int, counts: Sequence[int], longest: int = 5) -> str:
+    """Write the tokens that leave each block compactly: ``144>101>71``; a long chain is cut in the middle."""
+    chain = [total]
+    for count in counts:
+        if count != chain[-1]:
+            chain.append(count)
+    if len(chain) > longest:
+        return f"{chain[0]}>{chain[1]}>{chain[2]}>..>{chain[-1]}"
+    return ">".join(map(str, chain))
+
+
+def dumps(data: Any) -> str:
+    """JSON with NaN as null (a standard error of one observation)."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a contact sheet with its caption; `good` colours the caption green or red."""
+
+    image: Image
+    caption: str = ""
+    good: bool | None = None
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Panel]],
+    side: int,
+    titles: Sequence[tuple[int, str, str]] = (),
+    heading: str = "",
+    gap: int = 10,
+) -> Image:
+    """Paste panels into rows and columns.
+
+    Args:
+        rows: panels; rows may have different lengths. side: of a panel in pixels (panels are resized to it, with hard
+            pixel edges when they grow).
+        titles: (columns, title, subtitle) of column groups from the left; groups stand further apart than panels.
+        heading: one line above everything.
+    """
+    from PIL import Image, ImageDraw
+
+    title_font, font = _font(15), _font(12)
+    spans = [columns for columns, _, _ in titles]
+    starts = [sum(spans[:number]) for number in range(len(spans))]
+    columns = max(len(row) for row in rows)
+    lefts = [gap + i * (side + gap) + 2 * gap * sum(i >= start for start in starts[1:]) for i in range(columns)]
+    caption = 20 if any(panel.caption for row in rows for panel in row) else 0
+    top = gap + (26 if heading else 0) + (44 if titles else 0)
+    width = lefts[-1] + side + gap
+    height = top + len(rows) * (side + caption + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    if heading:
+        draw.text((gap, gap), _fit(draw, heading, title_font, width - 2 * gap), _INK, title_font)
+    for number, (span, title, subtitle) in enumerate(titles):
+        x, y = lefts[starts[number]], top - 44
+        room = lefts[starts[number] + span - 1] + side - x
+        draw.text((x, y), _fit(draw, title, title_font, room), _INK, title_font)
+        draw.text((x, y + 20), _fit(draw, subtitle, font, room), _FAINT, font)
+        draw.line((x, y + 39, x + room, y + 39), "#d1d5db")
+    for y, row in zip(range(top, height, side + caption + gap), rows, strict=True):
+        for x, panel in zip(lefts, row, strict=False):
+            kind = Image.Resampling.NEAREST if panel.image.width <= side else Image.Resampling.LANCZOS
+            sheet.paste(panel.image.convert("RGB").resize((side, side), kind), (x, y))
+            draw.rectangle((x - 1, y - 1, x + side, y + side), outline="#d1d5db")
+            colour = _FAINT if panel.good is None else (_GOOD if panel.good else _BAD)
+            draw.text((x, y + side + 3), _fit(draw, panel.caption, font, side), colour, font)
+    return sheet
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _fit(draw: Any, text: str, font: Any, room: int) -> str:
+    """Shorten `text` to `room` pixels."""
+    if draw.textlength(text, font) <= room:
+        return text
+    while text and draw.textlength(text + "...", font) > room:
+        text = text[:-1]
+    return text + "..."
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method in the plot: (GMACs, accuracy, standard error) by level, and the same of its random twin."""
+
+    label: str
+    points: Sequence[tuple[float, float, float]]
+    floor: Sequence[tuple[float, float, float]]
+
+
+def accuracy_plot(
+    path: Path, curves: Sequence[Curve], unpatched: tuple[float, float, float], title: str, subtitle: str
+) -> None:
+    """Plot accuracy against GMACs of one image; bars are one standard error, accuracies are fractions."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no screen
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    colours = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
+    macs, accuracy, error = unpatched
+    axes.axhspan(100 * (accuracy - error), 100 * (accuracy + error), color=_INK, alpha=0.08, lw=0)
+    axes.axhline(100 * accuracy, color=_INK, lw=1, ls=":")
+    axes.plot([macs], [100 * accuracy], "s", color=_INK, ms=7, label="unpatched", zorder=4)
+    for number, curve in enumerate(curves):
+        colour = colours[number % len(colours)]
+        _plot(axes, curve.points, color=colour, marker="o", ms=6, lw=2, label=curve.label)
+        dashed = {"marker": "x", "ms": 6, "lw": 1.2, "ls": "--", "alpha": 0.65}
+        _plot(axes, curve.floor, color=colour, label=f"{curve.label}: random twin", **dashed)
+    axes.set_xlabel("GMACs per image (multiply-adds, scoring included)")
+    axes.set_ylabel("accuracy on held-out scenes, %")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    axes.set_title(subtitle, loc="left", fontsize=9, color=_FAINT)
+    axes.grid(color="#e5e7eb", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path)
+
+
+def _plot(axes: Any, points: Sequence[tuple[float, float, float]], **style: Any) -> None:
+    x, y, e = zip(*sorted(points), strict=True)
+    bars = [100 * error if math.isfinite(error) else 0 for error in e]
+    axes.errorbar(x, [100 * value for value in y], bars, capsize=3, elinewidth=1, **style)
