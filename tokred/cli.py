@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     _add_list(commands, common)
     _add_bench(commands, common)
     _add_inspect(commands, common)
+    _add_flops(commands, common)
     return root
 
 
@@ -342,6 +343,56 @@ def _inspect(given: argparse.Namespace) -> None:
     for step in found["steps"]:
         print(f"  block {step['layer']:>2}: {step['tokens_in']:>4} > {step['tokens_out']:>4} tokens")
     print(f"written: {out} ({found['picture']['width']} x {found['picture']['height']})")
+
+
+# -- flops -------------------------------------------------------------------------------------------------------------
+
+
+def _add_flops(commands: Any, common: argparse.ArgumentParser) -> None:
+    made = _add(
+        commands,
+        common,
+        "flops",
+        _flops,
+        "multiply-adds of a model under methods, beside what the papers say",
+        """
+        Count the multiply-adds of a timm architecture, unreduced and under a method (without --method: under the
+        settings that papers report for DeiT-S). No weights are needed.
+
+          tokred flops
+          tokred flops --model vit_large_patch16_224 --method tome --set r=8
+        """,
+    )
+    made.add_argument("--model", default="deit_small_patch16_224", help="a timm architecture (default: %(default)s)")
+    made.add_argument("--size", type=int, metavar="N", help="image side in pixels (default: the model's own)")
+    made.add_argument("--method", help="by name, see: tokred list")
+    made.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        type=_setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the method; may be repeated",
+    )
+
+
+def _flops(given: argparse.Namespace) -> None:
+    from tokred.core.errors import InvalidParameterError
+    from tokred.eval.bench import require
+    from tokred.eval.flops_table import DEFAULT_METHODS, flops_rows, flops_table
+    from tokred.eval.report import dumps
+
+    require("timm", "timm", what=f"the architecture {given.model!r}")
+    import timm
+
+    if not timm.is_model(given.model):
+        raise InvalidParameterError(f"timm has no architecture {given.model!r}")
+    if given.settings and given.method is None:
+        raise InvalidParameterError("--set belongs to --method, which is missing")
+    methods = DEFAULT_METHODS if given.method is None else [(given.method, dict(given.settings))]
+    rows = flops_rows(given.model, given.size, methods)
+    print(dumps(rows) if given.json else flops_table(given.model, rows))
 
 
 if __name__ == "__main__":

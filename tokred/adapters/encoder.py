@@ -435,8 +435,9 @@ class Session:
         state = call.running.get(layer)
         recomputed = state is None  # transformers checkpoints `forward` alone: its recomputation runs no hooks
         if state is None:
-            state = self.state_for(layer, self.host.tokens_in(args, kwargs))
-            call.taps[layer] = {}
+            x = self.host.tokens_in(args, kwargs)
+            state = self.state_for(layer, x)
+            call.taps[layer] = {"input": x}
         x = self.host.attention_half(block, args, kwargs)
         x, table = self.reduce(layer, x, state.enter(layer))
         state.leave(layer, table)
