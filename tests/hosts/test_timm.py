@@ -259,6 +259,23 @@ def test_feature_maps_come_back_on_the_full_grid(name, fill):
                 assert (flat[image, cell] == lists[2][image]).all(-1).any()
 
 
+def test_feature_maps_come_in_the_order_of_the_blocks_however_they_are_asked_for():
+    model, x = build("vit"), images()
+    with torch.no_grad(), tokred.patch(model, tokred.ZeroTPrune(schedule={2: (3, 0.9)})):
+        expected = model.forward_intermediates(x, indices=[0, 4], intermediates_only=True)
+        for indices in ([4, 0], [0, 4, 4]):
+            maps = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+            assert len(maps) == 2
+            assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+        early = model.forward_intermediates(x, indices=[1], intermediates_only=True, stop_early=True)
+        assert early[0].shape == (2, 48, 6, 6)
+        pairs = model.forward_intermediates(x, indices=[4], intermediates_only=True, return_prefix_tokens=True)
+        assert torch.equal(pairs[0][0], expected[1])
+        assert pairs[0][1].shape == (2, 1, 48)
+        both = model.forward_intermediates(x, indices=[0, 4], output_dict=True)
+        assert torch.equal(both["image_intermediates"][1], expected[1])
+
+
 def test_exit_restore_returns_every_position():
     model, x = build("vit"), images()
     with torch.no_grad(), tokred.patch(model, tokred.ToMe(r=6), exit="restore") as patch:

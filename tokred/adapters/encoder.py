@@ -259,14 +259,14 @@ class Session:
         self.seats.append(module)
 
     def _forms_matrix(self, layer: int, method: EncoderMethod) -> bool:
-        if not self.host.forms_matrix or self.score_backend == "recompute":
-            return False
-        if self.score_backend == "matrix":
-            return True
+        if self.score_backend != "auto":
+            return self.score_backend == "matrix"
+        parameter = next(self.host.blocks[layer].parameters())
+        if not self.host.forms_matrix or parameter.dtype not in (torch.float32, torch.float64):
+            return False  # in half precision the model's matrix is too coarse to rank by
         # On the CPU one pass that forms the matrix beats fused attention plus a second pass (findings 11); where a
         # method reads the whole matrix, forming it once is the least work anywhere.
-        device = next(self.host.blocks[layer].parameters()).device.type
-        return "matrix" in method.taps or ("mass" in method.taps and device == "cpu")
+        return "matrix" in method.taps or ("mass" in method.taps and parameter.device.type == "cpu")
 
     def remove(self) -> None:
         """Take everything away again, in reverse; safe to call twice."""

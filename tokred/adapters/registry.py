@@ -60,11 +60,14 @@ def find_host(model: nn.Module) -> Host:
 
 
 def _explain(model: nn.Module, hosts: list[type[Host]]) -> str:
+    """Why nothing serves `model`: a refusal by name of it, or else of a part of it; or what would be served."""
     name = type(model).__name__
-    lines = [cls.__name__ for cls in type(model).__mro__]
-    for host in hosts:
-        for refused, reason in host.refusals.items():
-            if any(line.startswith(refused) for line in lines):
-                return f"{name} is refused by the {host.family} host: {reason}"
+    for module in model.modules():
+        lines = [cls.__name__ for cls in type(module).__mro__]
+        for host in hosts:
+            for refused, reason in host.refusals.items():
+                if any(line.startswith(refused) for line in lines):
+                    part = "" if module is model else f": its {type(module).__name__}"
+                    return f"{name} is refused by the {host.family} host{part}: {reason}"
     served = "; ".join(f"{host.family}: {', '.join(host.classes)}" for host in hosts)
     return f"no host serves {name}. Served are {served or 'no models, for no model library is installed'}"

@@ -16,7 +16,14 @@ from timm.models import eva, naflexvit, vision_transformer
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokred.adapters.encoder import EncoderHost, Session, gather_positions, scoped_entries, slice_mask
+from tokred.adapters.encoder import (
+    EncoderHost,
+    ForwardState,
+    Session,
+    gather_positions,
+    scoped_entries,
+    slice_mask,
+)
 from tokred.core.errors import UnsupportedModelError
 from tokred.core.sites import AttentionTap, EncoderInfo
 from tokred.core.tokens import TokenTable
@@ -138,6 +145,11 @@ class TimmHost(EncoderHost):
         half = getattr(attention, "rotate_half", False)
         return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)], dim=2).to(x.dtype)
 
+    def prepare(self, session: Session) -> None:
+        pool = getattr(self.encoder, "attn_pool", None)
+        if isinstance(pool, nn.Module) and session.pool_by_size:
+            session.handles.append(pool.register_forward_pre_hook(PoolBySize(session), with_kwargs=True))
+
     def form_matrix(self, layer: int, on: bool) -> None:
         attention: Any = self.blocks[layer].attn
         if on:
@@ -201,14 +213,7 @@ class TimmHost(EncoderHost):
         if sizes is None or x.shape[1] != sizes.shape[1] + prefix:
             return call(x, *args, **kwargs)
         if model.attn_pool is not None:
-            include = getattr(model, "pool_include_prefix", not isinstance(model, vision_transformer.VisionTransformer))
-            ones = sizes.new_ones(sizes.shape[0], prefix if include else 0)
-            bias = torch.cat([ones, sizes], dim=1).log()[:, None, None].to(x.dtype)
-            handle = model.attn_pool.register_forward_pre_hook(AddMask(bias), with_kwargs=True)
-            try:
-                return call(x, *args, **kwargs)
-            finally:
-                handle.remove()
+            return call(x, *args, **kwargs)  # `PoolBySize` weighs its logits
         pool_type = args[0] if args else kwargs.get("pool_type") or model.global_pool
         others = {key: value for key, value in kwargs.items() if key != "pool_type"}
         if pool_type not in ("avg", "avgmax"):
@@ -231,12 +236,15 @@ class TimmHost(EncoderHost):
         else:
             kwargs = {**kwargs, "output_fmt": "NLC"}
         output = call(*args, **kwargs)
+        if not restore:
+            return output
         scope = session.call.scope
         state = scope.state if scope is not None else None
-        if state is None or not restore:
-            return output
+        if state is None:  # stopped before the first block that reduces
+            grid = scope.facts.get("grid") if scope is not None else None
+            state = ForwardState(TokenTable(0, 0, grid=grid or self.info.grid))
         indices = kwargs.get("indices", args[1] if len(args) > 1 else None)
-        layers, _ = feature_take_indices(len(self.blocks), indices)
+        layers = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))  # in the order of the blocks
         reshape = functools.partial(self._intermediate, session, state, wanted)
         if isinstance(output, dict):
             features = [reshape(layer, y) for layer, y in zip(layers, output["image_intermediates"], strict=True)]
@@ -298,15 +306,21 @@ class CaptureInputs:
         tap["mask"] = kwargs.get("attn_mask")
 
 
-class AddMask:
-    """Forward pre-hook of an attention pool: add a bias to its logits."""
+class PoolBySize:
+    """Forward pre-hook of an attention pool: log size on the logits of each token."""
 
-    def __init__(self, bias: Tensor) -> None:
-        self.bias = bias
+    def __init__(self, session: Session) -> None:
+        self.session = session
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scope, x = self.session.call.scope, args[0]
+        sizes = scope.state.table.sizes if scope is not None and scope.state is not None else None
+        if sizes is None or x.shape[1] < sizes.shape[1]:
+            return None
+        ones = sizes.new_ones(sizes.shape[0], x.shape[1] - sizes.shape[1])  # prefix tokens, where the pool reads them
+        bias = torch.cat([ones, sizes], dim=1).log()[:, None, None].to(x.dtype)
         mask = kwargs.get("attn_mask")
-        return args, {**kwargs, "attn_mask": self.bias if mask is None else mask + self.bias}
+        return args, {**kwargs, "attn_mask": bias if mask is None else mask + bias}
 
 
 def _values(attention: Any, x: Tensor) -> Tensor:
