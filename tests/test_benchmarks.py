@@ -1,0 +1,56 @@
+"""The benchmark scripts run, on sizes that say nothing about speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *options: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--dry-run", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_vit_benchmark_reports_every_promised_number():
+    pytest.importorskip("timm")
+    result = json.loads(run("vit.py", "--json", "--device", "cpu"))
+    assert [row["target"] for row in result["rows"]] == [0.95, None, 0.97, None, 0.90, None]
+    for row in result["rows"]:
+        assert row["limit"] > 1
+        assert row["speedup"] > 0
+        assert row["share"] == pytest.approx(row["speedup"] / row["limit"])
+        assert row["speedup_95"][0] <= row["speedup"] <= row["speedup_95"][1]
+    assert result["vit_large"]["patch_ms"] > 0
+    assert result["vit_large"]["replace_ms"] > 0
+    assert result["import_s"] > 0
+
+
+def test_ops_benchmark_runs_every_group():
+    lines = [json.loads(line) for line in run("ops.py", "--json", "--device", "cpu").splitlines()]
+    assert len({line["case"] for line in lines}) >= 6
+
+
+def test_median_interval():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("benchmark_vit", ROOT / "benchmarks" / "vit.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
+    # 12 values: the 3rd and the 10th order statistics hold the median with 96.1 %
+    values = [float(v) for v in (5, 1, 12, 3, 2, 11, 4, 10, 6, 9, 7, 8)]
+    assert module.median_interval(values) == (6.5, 3.0, 10.0)
+    assert module.median_interval([1.0, 2.0]) == (1.5, 1.0, 2.0)
