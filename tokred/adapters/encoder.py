@@ -318,6 +318,8 @@ class Session:
             self.tag(output, call.scope.state)
         finally:
             call.scope = None
+            call.running.clear()  # of a block that raised
+            call.taps.clear()
         return output
 
     def state_of(self, args: tuple[Any, ...]) -> ForwardState | None:

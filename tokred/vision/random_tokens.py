@@ -101,8 +101,9 @@ class RandomTokens(EncoderMethod):
         return budget_tokens(rule, tokens)
 
     def reduce(self, view: EncoderBlock, rule: float | int) -> Keep:
-        noise = _hash_noise(view.count, self.seed * 1009 + view.layer, view.tokens.device)
-        scores = noise.expand(view.tokens.shape[0], -1)
+        noise = _hash_noise(view.table.total, self.seed * 1009 + view.layer, view.tokens.device)
+        origins = view.table.origins  # noise belongs to places in the image, so that padding does not move it
+        scores = noise.expand(view.tokens.shape[0], -1) if origins is None else noise[origins]
         return keep_top(view, scores, lambda n: self.count(n, rule))
 
 
