@@ -267,6 +267,18 @@ def _bench(given: argparse.Namespace) -> None:
         print(f"  {path}")
 
 
+def _add_settings(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        type=_setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the method; may be repeated",
+    )
+
+
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
 
@@ -296,15 +308,7 @@ def _add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights for the timm architecture")
     made.add_argument("--image-size", type=int, metavar="N", help="run a timm model at N x N pixels")
     made.add_argument("--method", required=True, help="by name, see: tokred list")
-    made.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        type=_setting,
-        default=[],
-        metavar="KEY=VALUE",
-        help="a parameter of the method; may be repeated",
-    )
+    _add_settings(made)
     made.add_argument("--out", type=Path, metavar="FILE", help="default: outputs/inspect-MODEL-METHOD.png")
     made.add_argument("--size", type=int, default=224, metavar="N", help="side of each panel in pixels (default: 224)")
 
@@ -366,15 +370,7 @@ def _add_flops(commands: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument("--model", default="deit_small_patch16_224", help="a timm architecture (default: %(default)s)")
     made.add_argument("--size", type=int, metavar="N", help="image side in pixels (default: the model's own)")
     made.add_argument("--method", help="by name, see: tokred list")
-    made.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        type=_setting,
-        default=[],
-        metavar="KEY=VALUE",
-        help="a parameter of the method; may be repeated",
-    )
+    _add_settings(made)
 
 
 def _flops(given: argparse.Namespace) -> None:
@@ -384,10 +380,6 @@ def _flops(given: argparse.Namespace) -> None:
     from tokred.eval.report import dumps
 
     require("timm", "timm", what=f"the architecture {given.model!r}")
-    import timm
-
-    if not timm.is_model(given.model):
-        raise InvalidParameterError(f"timm has no architecture {given.model!r}")
     if given.settings and given.method is None:
         raise InvalidParameterError("--set belongs to --method, which is missing")
     methods = DEFAULT_METHODS if given.method is None else [(given.method, dict(given.settings))]

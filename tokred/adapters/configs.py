@@ -1,4 +1,4 @@
-"""Models from transformers configs, for `tokred.flops`: built on the meta device, they need no weights."""
+"""Models from configs and from timm's names, for `tokred.flops`: built on the meta device, they need no weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["model_from_config"]
+from tokred.core.errors import InvalidParameterError, nearest
+
+__all__ = ["model_from_config", "model_from_name"]
+
+
+def model_from_name(name: str) -> nn.Module:
+    """Return a timm architecture by its name."""
+    import timm
+
+    if not timm.is_model(name):
+        raise InvalidParameterError(f"timm has no architecture {name!r}{nearest(name, timm.list_models())}")
+    return timm.create_model(name)
 
 
 def model_from_config(config: Any) -> nn.Module:

@@ -126,15 +126,11 @@ def _as_model(source: object) -> nn.Module:
         from tokred.core.patch import unwrap
 
         return unwrap(source)
-    with torch.device("meta"):
-        if isinstance(source, str):
-            import timm
+    if isinstance(source, str) or hasattr(source, "model_type"):
+        from tokred.adapters.configs import model_from_config, model_from_name
 
-            return timm.create_model(source)
-        if hasattr(source, "model_type"):
-            from tokred.adapters.configs import model_from_config
-
-            return model_from_config(source)
+        with torch.device("meta"):
+            return model_from_name(source) if isinstance(source, str) else model_from_config(source)
     raise InvalidParameterError(
         f"expected a model, a transformers config or the name of a timm architecture, got {type(source).__name__}"
     )
