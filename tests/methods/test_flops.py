@@ -179,7 +179,16 @@ def info_of(model: Any) -> Any:
     return find_host(model).info
 
 
-@pytest.mark.parametrize("target", [0.05, 1.0, 10**12])
+@pytest.mark.parametrize("target", [0.05, 1.5, 10**12])
 def test_a_target_out_of_reach_is_refused_with_the_reachable_range(target: float) -> None:
     with pytest.raises(InvalidParameterError, match=r"flops=.*reach 0\.\d\d to \d\.\d\d of its 4\.599 G"):
         tokred.patch(timm.create_model("deit_small_patch16_224"), tokred.ZeroTPrune(flops=target))
+
+
+def test_a_target_of_everything_is_the_identity() -> None:
+    model = timm.create_model("vit_tiny_patch16_224").eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(x)
+        with tokred.patch(model, tokred.ZeroTPrune(flops=1.0)):
+            assert torch.equal(model(x), expected)

@@ -450,7 +450,7 @@ class Session:
     def reduce(self, layer: int, x: Tensor, table: TokenTable) -> tuple[Tensor, TokenTable]:
         """Ask the method of `layer` and carry out its answer on x (B, N, C)."""
         method, rule = self.rules[layer]
-        if method.count(table.count, rule) >= table.count:
+        if not method.acts(table.count, rule):
             return x, table
         view = EncoderBlock(layer, self.host.info, x, table, functools.partial(self._tap, layer))
         with torch.no_grad():

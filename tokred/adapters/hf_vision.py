@@ -533,7 +533,9 @@ def _describe(host: HFVisionHost) -> EncoderInfo:
         mlp_macs=_linear_macs(block.mlp),
         embed_macs=sum(m.weight.numel() for m in embeddings.modules() if isinstance(m, (nn.Conv2d, nn.Linear))),
     )
-    return replace(info, head_macs=_head_macs(host, info))
+    pool = getattr(getattr(encoder, "head", None), "attention", None)
+    pooled = 2 * info.dim**2 + 2 * info.dim if isinstance(pool, nn.MultiheadAttention) else 0
+    return replace(info, head_macs=_head_macs(host, info), pool_macs=pooled)
 
 
 def _tokens(embeddings: nn.Module, name: str) -> int:
@@ -551,15 +553,14 @@ def _linear_macs(module: nn.Module) -> int:
 
 
 def _head_macs(host: HFVisionHost, info: EncoderInfo) -> int:
-    """Multiply-adds behind the last layer: pooler, attention pool (its keys and values see every token), classifier."""
+    """Multiply-adds behind the last layer: pooler, attention pool (without what each token costs there), classifier."""
     encoder: Any = host.encoder
     pooler: Any = getattr(encoder, "pooler", None)
     macs = 0 if pooler is None else _linear_macs(pooler)
     head: Any = getattr(encoder, "head", None)
     pool = getattr(head, "attention", None)
     if isinstance(pool, nn.MultiheadAttention):
-        square = info.dim**2
-        macs += 2 * square + 2 * square * info.tokens + 2 * info.tokens * info.dim + _linear_macs(head.mlp)
+        macs += 2 * info.dim**2 + _linear_macs(head.mlp)  # type: ignore[union-attr]
     if host.wrapper is not None:
         macs += _linear_macs(host.wrapper) - _linear_macs(encoder)
         decoder = [m for m in host.wrapper.modules() if isinstance(m, nn.Conv2d)]

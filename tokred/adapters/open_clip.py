@@ -235,8 +235,7 @@ def _acts_here(session: Session, layer: int, mask: Tensor | None) -> bool:
     if state is None:
         return False
     method, rule = session.rules.get(layer, (None, None))
-    count = state.entry[layer].count
-    return mask is not None or (method is not None and method.count(count, rule) < count)
+    return mask is not None or (method is not None and method.acts(state.entry[layer].count, rule))
 
 
 def attend(
@@ -375,6 +374,7 @@ def _describe(model: Any) -> EncoderInfo:
     attention = block.attn
     rows, columns = model.grid_size
     linears = [module for module in block.mlp.modules() if isinstance(module, nn.Linear)]
+    head_macs, pool_macs = _head_macs(model)
     return EncoderInfo(
         depth=len(model.transformer.resblocks),
         dim=model.transformer.width,
@@ -388,25 +388,33 @@ def _describe(model: Any) -> EncoderInfo:
         attention_macs=attention.in_proj_weight.numel() + attention.out_proj.weight.numel(),
         mlp_macs=sum(linear.weight.numel() for linear in linears),
         embed_macs=model.conv1.weight.numel(),
-        head_macs=_head_macs(model, _PREFIX + rows * columns),
+        head_macs=head_macs,
+        pool_macs=pool_macs,
     )
 
 
-def _head_macs(model: Any, tokens: int) -> int:
-    """Multiply-adds of pooling and projection, as if all tokens reached them."""
-    projected = tokens if model.pool_type == "none" and model.attn_pool is None else 1
-    macs = 0
+def _head_macs(model: Any) -> tuple[int, int]:
+    """Multiply-adds of pooling and projection: (per image, per patch token that reaches them)."""
+    fixed = each = 0
+    projected = 1
     if model.attn_pool is not None:
         queries = model.attn_pool.query.shape[0]
-        macs += _pooler_macs(model.attn_pool, tokens)
+        pools = [(model.attn_pool, True)]
         if model.attn_pool_contrastive is not None:
-            macs += _pooler_macs(model.attn_pool_contrastive, tokens if model.attn_pool_type == "parallel" else queries)
+            pools.append((model.attn_pool_contrastive, model.attn_pool_type == "parallel"))
         elif model.pool_type == "none":
             projected = queries
-    return macs + (projected * model.proj.numel() if model.proj is not None else 0)
+        for pool, reads_tokens in pools:
+            once, per_key = _pooler_macs(pool)
+            fixed += once + per_key * (_PREFIX if reads_tokens else queries)
+            each += per_key * reads_tokens
+    projection = model.proj.numel() if model.proj is not None else 0
+    if model.pool_type == "none" and model.attn_pool is None:
+        return fixed + _PREFIX * projection, each + projection
+    return fixed + projected * projection, each
 
 
-def _pooler_macs(pooler: Any, tokens: int) -> int:
+def _pooler_macs(pooler: Any) -> tuple[int, int]:
+    """Multiply-adds of an attention pool: (once, for each key)."""
     queries, dim = pooler.query.shape
-    context = pooler.attn.kdim
-    return 2 * queries * dim**2 + 2 * tokens * context * dim + 2 * queries * tokens * dim
+    return 2 * queries * dim**2, 2 * pooler.attn.kdim * dim + 2 * queries * dim

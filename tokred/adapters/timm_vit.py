@@ -368,7 +368,8 @@ def _describe(model: Any) -> EncoderInfo:
         attention_macs=sum(p.weight.numel() for p in projections if p is not None) + gate,
         mlp_macs=sum(m.weight.numel() for m in block.mlp.modules() if isinstance(m, nn.Linear)),
         embed_macs=projection.weight.numel(),
-        head_macs=head + _pool_macs(model, tokens),
+        head_macs=head + _pool_macs(model, each_token=False),
+        pool_macs=_pool_macs(model, each_token=True),
     )
 
 
@@ -379,13 +380,11 @@ def _class_tokens(model: Any) -> int:
     return int(getattr(embeds, "cls_token", None) is not None)
 
 
-def _pool_macs(model: Any, tokens: int) -> int:
-    """Multiply-adds of an attention pool: its key and value projections see every token."""
+def _pool_macs(model: Any, each_token: bool) -> int:
+    """Multiply-adds of an attention pool: per token (keys, values, two products) or once (the rest)."""
     pool = getattr(model, "attn_pool", None)
     if pool is None:
         return 0
-    return sum(
-        m.weight.numel() * (tokens if name.endswith("kv") else 1)
-        for name, m in pool.named_modules()
-        if isinstance(m, nn.Linear)
-    )
+    linears = {name: m.weight.numel() for name, m in pool.named_modules() if isinstance(m, nn.Linear)}
+    per_token = linears.pop("kv", 0) + 2 * model.embed_dim
+    return per_token if each_token else sum(linears.values())

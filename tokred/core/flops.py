@@ -103,20 +103,19 @@ def encoder_macs(info: EncoderInfo, *methods: Method) -> Flops:
         before = tokens
         if layer in rules:
             method, rule = rules[layer]
-            after = method.count(tokens, rule)
-            if after < tokens:
+            if method.acts(tokens, rule):
                 scoring += method.cost(info, tokens, rule)
-                tokens = after
+                tokens = method.count(tokens, rule)
             entering = tokens if method.placement == "attn" else before
         else:
             entering = before
         seen.append((before + info.prefix, entering + info.prefix))
         blocks += info.block_macs(*seen[-1])
     return Flops(
-        vision=fixed + blocks,
+        vision=fixed + tokens * info.pool_macs + blocks,
         scoring=scoring,
         blocks=blocks,
-        unreduced=fixed + info.depth * info.block_macs(full, full),
+        unreduced=fixed + info.tokens * info.pool_macs + info.depth * info.block_macs(full, full),
         tokens=tuple(seen),
     )
 

@@ -96,6 +96,10 @@ class EncoderMethod(Method):
         """Prunable tokens that remain of `tokens` under `rule`."""
         raise TypeError(f"{type(self).__name__} does not define count()")
 
+    def acts(self, tokens: int, rule: Any) -> bool:
+        """Whether `rule` changes anything about `tokens` prunable tokens; if not, the block is bypassed."""
+        return self.count(tokens, rule) < tokens
+
     def reduce(self, view: EncoderBlock, rule: Any) -> Keep | Merge | None:
         """Answer one view; None keeps everything."""
         raise TypeError(f"{type(self).__name__} does not define reduce()")

@@ -40,7 +40,8 @@ class EncoderInfo:
         attention_macs: multiply-adds per token of a block's projections, without the two N x N products.
         mlp_macs: multiply-adds per token of a block's MLP.
         embed_macs: multiply-adds per patch token of the patch embedding.
-        head_macs: multiply-adds per image of everything after the blocks.
+        head_macs: multiply-adds per image of what follows the blocks, whatever the number of tokens.
+        pool_macs: multiply-adds per patch token that reaches an attention pool or a head that reads every token.
     """
 
     depth: int
@@ -56,6 +57,7 @@ class EncoderInfo:
     mlp_macs: int
     embed_macs: int = 0
     head_macs: int = 0
+    pool_macs: int = 0
 
     def block_macs(self, attention_tokens: int, mlp_tokens: int) -> int:
         """Multiply-adds of one block: `attention_tokens` in attention, `mlp_tokens` in the MLP, prefix included.

@@ -75,6 +75,9 @@ class TopK(EncoderMethod):
         kept = math.ceil(rule * tokens)
         return kept + 1 if self.fuse and kept < tokens else kept
 
+    def acts(self, tokens: int, rule: float) -> bool:
+        return math.ceil(rule * tokens) < tokens  # with fuse, one token may take the place of one
+
     def reduce(self, view: EncoderBlock, rule: float) -> Keep | Merge | None:
         scores = view.class_attention() if self.score == "cls" else view.attention_mass()
         scores = scores.mean(dim=1)

@@ -60,7 +60,7 @@ class ZeroTPrune(EncoderMethod):
         keep_rate: I-stage alone, this share after each of `layers`.
         preset: a schedule of `PRESETS` (12 blocks, made for 196 tokens).
         schedule: {block: (r_S, keep)} or {block: (r_S, keep, iterations)}, 0-based.
-        flops: multiply-adds of the whole pruned model, as a fraction of the unpruned one (below 1) or absolute; the
+        flops: multiply-adds of the whole pruned model, as a fraction of the unpruned one (up to 1) or absolute; the
             schedule is found when the method meets the model, and meets the target within 1 %.
         layers: of `keep_rate`; None is (1, 3, 6, 9), as far as the model has them.
         iterations: of the importance vote; None is the paper's 30 in the first three blocks, 1 in the last three and 5
@@ -129,7 +129,7 @@ class ZeroTPrune(EncoderMethod):
             object.__setattr__(self, "schedule", _check_schedule(self.schedule))
         if self.flops is not None and not _positive(self.flops):
             raise InvalidParameterError(
-                f"flops={self.flops!r}: expected a fraction below 1 or a number of multiply-adds"
+                f"flops={self.flops!r}: expected a fraction up to 1 or a number of multiply-adds"
             )
         if self.layers is not None:
             if self.keep_rate is None:

@@ -47,7 +47,7 @@ def fit_flops(method: ZeroTPrune, info: EncoderInfo, target: float) -> Plan:
     rates is found by bisection; where whole tokens are too coarse for the tolerance, other r_S are tried.
 
     Args:
-        target: multiply-adds of the whole pruned encoder, below 1 as a share of the unpruned one.
+        target: multiply-adds of the whole pruned encoder, up to 1 as a share of the unpruned one.
 
     Raises:
         InvalidParameterError: the target is out of reach; the reachable range is named.
@@ -115,7 +115,7 @@ def search(
     Args:
         model: a classifier that `tokred.patch` takes; it is left as it was.
         images: (M, 3, H, W) as the model takes them. labels: (M,) int64 or None.
-        flops: multiply-adds of the pruned model, below 1 as a share of the unpruned one.
+        flops: multiply-adds of the pruned model, up to 1 as a share of the unpruned one.
         method: other options of the method (order, partition, ...) that every trial uses.
     """
     from tokred.vision.zero_tprune import ZeroTPrune
@@ -160,7 +160,7 @@ def _target(info: EncoderInfo, target: float) -> tuple[int, float]:
     if info.tokens < 2:
         raise InvalidParameterError("a budget of multiply-adds needs an encoder of known image size; give schedule=")
     full = encoder_macs(info).total
-    return full, target * full if target < 1 else float(target)
+    return full, target * full if target <= 1 else float(target)
 
 
 def _with(method: ZeroTPrune, plan: Plan) -> ZeroTPrune:
