@@ -284,6 +284,28 @@ def test_hand_written_loop_over_blocks_is_one_pass():
         assert torch.equal(model.norm(tokens), expected)
 
 
+def test_hand_written_loop_over_the_same_tokens_starts_anew():
+    model = make_vit()
+    tokens = torch.randn(2, 65, 48, generator=torch.Generator().manual_seed(4))
+
+    def run():
+        x = tokens
+        for block in model.blocks:
+            x = block(x)
+        return x
+
+    with tokred.patch(model, tokred.ToMe(r=5)) as patch:
+        run()
+        first = patch.trace[-1].group
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.05)
+        again = run()
+        assert not torch.equal(patch.trace[-1].group, first)
+    with tokred.patch(model, tokred.ToMe(r=5)):
+        assert torch.equal(run(), again)
+
+
 def test_features_and_head_called_apart_equal_forward():
     model, x = make_vit(global_pool="avg", class_token=False), images()
     with tokred.patch(model, tokred.ToMe(r=5)), torch.no_grad():

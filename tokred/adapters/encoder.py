@@ -223,7 +223,7 @@ class Session:
                 "use 'auto' or 'recompute'"
             )
         self.rules = _bind_all(methods, host.info)
-        active = {method for method, _ in self.rules.values()}
+        active = [method for method, _ in self.rules.values()]
         self.size_bias = any(method.proportional_attention for method in active)
         self.pool_by_size = any(method.weighted_pool for method in active)
         self.handles: list[Any] = []
@@ -367,13 +367,16 @@ class Session:
         if torch.compiler.is_compiling():
             return self._begin(x)
         state = self._attached(x)
-        if state is None:
-            reference = self._by_pointer.get((layer, x.data_ptr()))
-            state = reference() if reference is not None else None
-        fits = state is not None and (
-            layer not in state.entry or state.entry[layer].count + self.host.info.prefix == x.shape[1]
-        )
-        return state if state is not None and fits else self._begin(x)
+        if torch._C._current_graph_task_id() != -1:  # backward: a checkpoint runs this block again
+            if state is None:
+                reference = self._by_pointer.get((layer, x.data_ptr()))
+                state = reference() if reference is not None else None
+            again = state is not None and layer in state.entry
+            if state is not None and again and state.entry[layer].count + self.host.info.prefix == x.shape[1]:
+                return state
+        elif state is not None and layer not in state.entry:  # a loop over blocks by hand goes on
+            return state
+        return self._begin(x)
 
     def _remember(self, layer: int, x: Tensor, state: ForwardState) -> None:
         """Let a recomputation of this block find its state: by its input, or (reentrant) by the input's memory."""
@@ -381,7 +384,7 @@ class Session:
             return
         self.tag(x, state)
         if len(self._by_pointer) > 4 * self.host.info.depth:
-            self._by_pointer = {key: ref for key, ref in self._by_pointer.items() if ref() is not None}
+            self._by_pointer = {key: ref for key, ref in list(self._by_pointer.items()) if ref() is not None}
         self._by_pointer[layer, x.data_ptr()] = weakref.ref(state)
 
     # -- the work ----------------------------------------------------------------------------------------------------

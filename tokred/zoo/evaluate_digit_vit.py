@@ -154,7 +154,8 @@ def _accuracy_card(folder: Path, count: int) -> dict[str, Any]:
         "seeds": seeds,
         "test_mean": round(tests.mean().item(), 4),
         "test_standard_deviation_of_seeds": round(tests.std().item(), 4) if len(seeds) > 1 else None,
-        "note": "standard errors are over scenes; a split repeats its few digits, so other digits would vary more",
+        "note": "standard errors are over scenes; a split repeats its few digits, so other digits would vary more. "
+        "wall_seconds include the wait for other jobs of the machine, cpu_seconds do not",
     }
 
 
