@@ -466,9 +466,12 @@ class Session:
             if prefix:
                 indices = torch.cat([_iota(prefix, indices), indices + prefix], dim=1)
             return ops.gather_tokens(x, indices), table.apply(layer, method.name, change)
-        return self._merge(x, change, table), table.apply(layer, method.name, change)
+        x, totals = self._merge(x, change, table)
+        sizes = totals[:, prefix:] if change.weights is None else None  # merged by size: the totals are the new sizes
+        return x, table.apply(layer, method.name, change, sizes)
 
-    def _merge(self, x: Tensor, change: Merge, table: TokenTable) -> Tensor:
+    def _merge(self, x: Tensor, change: Merge, table: TokenTable) -> tuple[Tensor, Tensor]:
+        """Merged tokens (B, prefix + K, C) and the summed weight of each."""
         prefix = self.host.info.prefix
         weights = table.sizes if change.weights is None else change.weights
         assignment = change.assignment
@@ -477,7 +480,7 @@ class Session:
             assignment = torch.cat([_iota(prefix, assignment), moved], dim=1)
             if weights is not None:
                 weights = torch.cat([weights.new_ones(weights.shape[0], prefix), weights], dim=1)
-        return ops.merge_tokens(x, assignment, prefix + change.slots, weights, change.reduce)[0]
+        return ops.merge_tokens(x, assignment, prefix + change.slots, weights, change.reduce)
 
     def _tap(self, layer: int) -> AttentionTap:
         captured = self.call.taps.get(layer, {})

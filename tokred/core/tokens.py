@@ -104,11 +104,15 @@ class TokenTable:
             )
         return replace(self, marks={**self.marks, name: values})
 
-    def apply(self, layer: int, method: str, change: Keep | Merge) -> TokenTable:
-        """Return the table after `change`; sizes, validity and marks follow the tokens."""
+    def apply(self, layer: int, method: str, change: Keep | Merge, sizes: Tensor | None = None) -> TokenTable:
+        """Return the table after `change`; sizes, validity and marks follow the tokens.
+
+        Args:
+            sizes: (B, K), the sizes after a merge, where the caller has them already.
+        """
         if isinstance(change, Keep):
             return self._keep(layer, method, change)
-        return self._merge(layer, method, change)
+        return self._merge(layer, method, change, sizes)
 
     def _keep(self, layer: int, method: str, change: Keep) -> TokenTable:
         index = change.indices
@@ -123,12 +127,13 @@ class TokenTable:
             marks={name: ops.gather_tokens(value, index) for name, value in self.marks.items()},
         )
 
-    def _merge(self, layer: int, method: str, change: Merge) -> TokenTable:
+    def _merge(self, layer: int, method: str, change: Merge, merged: Tensor | None) -> TokenTable:
         assignment, slots = change.assignment, change.slots
         sizes = self.sizes
         if sizes is None:
             sizes = torch.ones(assignment.shape, dtype=torch.float32, device=assignment.device)
-        merged = ops.merge_tokens(sizes.unsqueeze(-1), assignment, slots, reduce="sum")[0].squeeze(-1)
+        if merged is None:
+            merged = ops.merge_tokens(sizes.unsqueeze(-1), assignment, slots, reduce="sum")[0].squeeze(-1)
         return replace(
             self,
             steps=(*self.steps, Step(layer, method, change, self.count, slots)),
