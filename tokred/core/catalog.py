@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def methods() -> list[MethodRecord]:
     """Every method, those of other packages included once they are imported."""
     records = []
     for name, cls in sorted(registered().items()):
-        fields = {key: f.default for key, f in cls.__dataclass_fields__.items()}  # type: ignore[attr-defined]
+        fields = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         records.append(MethodRecord(name, cls.__name__, cls.paper, tuple(cls.sites), fields))
     return records
 
