@@ -27,6 +27,7 @@ from tokred.eval.cost import MATCHED, ablation, match_cost, nearest_level, twin
 from tokred.eval.report import Curve, Panel, accuracy_plot, contact_sheet, dumps, table, token_chain
 from tokred.eval.speed import Speed, interleaved
 from tokred.eval.vision import BATCH, Estimate, Pass, mean, measure, paired
+from tokred.vision.zero_tprune import ZeroTPrune
 
 __all__ = ["run", "show"]
 
@@ -38,11 +39,6 @@ ABLATION_LEVELS = (0.68,)
 ABLATION_SCENES = 2000
 SPEED_BATCH = 16
 PICTURED = 4  # scenes in kept.png
-
-#: Head filter of Zero-TPrune on this model, chosen on validation scenes. The paper prints [0.01, 0.7] for a scale of
-#: scores that it does not give; on this model and our scale (mean 1) that range rejects the heads that find the digit.
-VHF = (1.0, 100.0)
-PARAMETERS: Mapping[str, Mapping[str, Any]] = {"zero_tprune": {"vhf": VHF}}
 
 
 class _Row:
@@ -114,7 +110,7 @@ def _rows(options: BenchOptions, info: EncoderInfo) -> list[_Row]:
         if options.methods is not None:
             raise InvalidParameterError("--ablate and --methods exclude each other")
         others = [f"{name}.{key}" for name, given in options.parameters.items() for key in given]
-        vhf = options.parameters.get("zero_tprune", {}).get("vhf", VHF)
+        vhf = options.parameters.get("zero_tprune", {}).get("vhf", ZeroTPrune().vhf)
         if vhf is None or set(others) - {"zero_tprune.vhf"}:
             raise InvalidParameterError("--ablate takes one parameter: --set zero_tprune.vhf=LOW,HIGH")
         for level in options.levels or ABLATION_LEVELS:
@@ -129,7 +125,7 @@ def _rows(options: BenchOptions, info: EncoderInfo) -> list[_Row]:
     for wanted in options.levels or LEVELS:
         level = nearest_level(info, wanted)
         for name in names:
-            parameters = {**PARAMETERS.get(name, {}), **options.parameters.get(name, {})}
+            parameters = options.parameters.get(name, {})
             method = match_cost(name, info, level, **parameters)
             rows.append(_Row("method", method.title, method, wanted))
             rows.append(_Row("random", method.title, twin(method, info, options.seed), wanted, twin_of=name))

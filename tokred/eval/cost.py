@@ -93,9 +93,9 @@ def ablation(
 ) -> list[tuple[str, EncoderMethod, float | None]]:
     """Zero-TPrune part by part at equal cost: [(label, method, the paper's accuracy in % at 3.08 G on DeiT-S)].
 
-    Without the S-stage the keep rates alone have to meet the cost, in the schedule's usual shape (blocks 3, 6 and 9 of
-    12, keep rates falling with depth). `vhf` is the head filter's range on this model; the whole method with the range
-    that the paper prints comes last, where it is another one.
+    Without the S-stage the keep rates alone have to meet the cost, in the schedule's usual shape (blocks 2, 5 and 8 of
+    12, keep rates falling with depth). `vhf` is the head filter's range; where it is not the paper's, the whole method
+    with the paper's comes last.
     """
     whole = ZeroTPrune(flops=round(target, 4), vhf=vhf)
     layers = sorted(whole.bind(info))[1:]  # the first block has the S-stage alone
