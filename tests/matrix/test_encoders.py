@@ -151,6 +151,19 @@ def test_copy_and_compile(pair):
     torch.testing.assert_close(run(compiled, x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_patch_after_the_first_compiled_call_is_honoured(pair):
+    family, name, method = pair
+    model, x = build(family, name), images()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    plain = run(compiled, x)
+    with tokred.patch(model, SETTINGS[method][0]):
+        reduced = run(model, x)
+        assert not torch.allclose(reduced, plain)
+        torch.testing.assert_close(run(compiled, x), reduced, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(compiled, x), plain)
+
+
 def test_gradients_reach_every_parameter_that_they_reached_unpatched(pair):
     family, name, method = pair
     model, x = build(family, name), images()

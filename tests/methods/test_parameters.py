@@ -357,3 +357,7 @@ def test_half_precision_sizes_stay_whole() -> None:
     assert sizes.dtype == torch.float32
     assert torch.equal(sizes, torch.zeros_like(sizes).scatter_add(1, group, torch.ones(group.shape)))
     assert sizes.sum() == 400
+
+
+def test_a_preset_may_be_named_by_its_cost_alone() -> None:
+    assert tokred.ZeroTPrune(preset="3.08G") == tokred.ZeroTPrune(preset="deit_s_3.08g")

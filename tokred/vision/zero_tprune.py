@@ -58,7 +58,7 @@ class ZeroTPrune(EncoderMethod):
 
     Attributes:
         keep_rate: I-stage alone, this share after each of `layers`.
-        preset: a schedule of `PRESETS` (12 blocks, made for 196 tokens).
+        preset: a schedule of `PRESETS` (12 blocks, made for 196 tokens), such as "deit_s_3.08g" or "3.08G" for short.
         schedule: {block: (r_S, keep)} or {block: (r_S, keep, iterations)}, 0-based.
         flops: multiply-adds of the whole pruned model, as a fraction of the unpruned one (up to 1) or absolute; the
             schedule is found when the method meets the model, and meets the target within 1 %.
@@ -121,6 +121,8 @@ class ZeroTPrune(EncoderMethod):
             object.__setattr__(self, "keep_rate", 0.7)
         if self.keep_rate is not None:
             check_fraction("keep_rate", self.keep_rate)
+        if self.preset is not None and f"deit_s_{self.preset}".lower() in PRESETS:
+            object.__setattr__(self, "preset", f"deit_s_{self.preset}".lower())
         if self.preset is not None and self.preset not in PRESETS:
             raise InvalidParameterError(
                 f"preset={self.preset!r}{nearest(str(self.preset), PRESETS)}; known: {', '.join(PRESETS)}"
