@@ -134,13 +134,13 @@ def _list(given: argparse.Namespace) -> None:
 
     methods, hosts, fits = tokred.methods(), tokred.hosts(), compatibility()
     if given.json:
-        records = [{**m.to_dict(), "parameters": _defaults(m.parameters)} for m in methods]
+        records = [m.to_dict() for m in methods]
         print(dumps({"methods": records, "hosts": [h.to_dict() for h in hosts], "compatibility": fits}))
         return
     print("METHODS")
     for m in methods:
         print(f"\n{m.name}  (tokred.{m.cls}; acts at {', '.join(m.sites)})\n  {m.paper}")
-        text = ", ".join(f"{key}={_shown(value)}" for key, value in _defaults(m.parameters).items())
+        text = ", ".join(f"{key}={_shown(value)}" for key, value in m.parameters.items())
         print(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
     print("\nMODEL FAMILIES")
     for h in hosts:
@@ -156,12 +156,6 @@ def _list(given: argparse.Namespace) -> None:
     print("\nWHICH FITS WHICH\n")
     rows = [[name, *("yes" if hosting[h.family] else "-" for h in hosts)] for name, hosting in fits.items()]
     print(table(["method", *(h.family for h in hosts)], [rows]))
-
-
-def _defaults(parameters: dict[str, Any]) -> dict[str, Any]:
-    from dataclasses import MISSING
-
-    return {key: "required" if value is MISSING else value for key, value in parameters.items()}
 
 
 def _shown(value: Any) -> str:

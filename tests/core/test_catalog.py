@@ -14,7 +14,8 @@ def test_a_record_lists_the_parameters_and_nothing_else():
     for record in tokred.methods():
         cls = registered()[record.name]
         assert list(record.parameters) == [field.name for field in dataclasses.fields(cls)]
-        assert cls(**record.parameters) == cls()  # the defaults
+        if "required" not in record.parameters.values():
+            assert cls(**record.parameters) == cls()  # the defaults
         assert "name" not in record.parameters
         json.dumps(record.to_dict())
 

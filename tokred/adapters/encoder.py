@@ -467,7 +467,9 @@ class Session:
                 indices = torch.cat([_iota(prefix, indices), indices + prefix], dim=1)
             return ops.gather_tokens(x, indices), table.apply(layer, method.name, change)
         x, totals = self._merge(x, change, table)
-        sizes = totals[:, prefix:] if change.weights is None else None  # merged by size: the totals are the new sizes
+        # Merged by size, the totals are the new sizes: counts without a gradient (a mask that wants one would cost the
+        # next block its fused attention).
+        sizes = totals[:, prefix:].detach() if change.weights is None else None
         return x, table.apply(layer, method.name, change, sizes)
 
     def _merge(self, x: Tensor, change: Merge, table: TokenTable) -> tuple[Tensor, Tensor]:

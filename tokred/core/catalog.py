@@ -42,7 +42,8 @@ def methods() -> list[MethodRecord]:
     """Every method, those of other packages included once they are imported."""
     records = []
     for name, cls in sorted(registered().items()):
-        fields = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        declared = dataclasses.fields(cls)  # type: ignore[arg-type]
+        fields = {f.name: "required" if f.default is dataclasses.MISSING else f.default for f in declared}
         records.append(MethodRecord(name, cls.__name__, cls.paper, tuple(cls.sites), fields))
     return records
 
