@@ -36,7 +36,7 @@ def _kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_kernels_only")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # float16 would run the same code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @each_check
 def test_kernel_equals_its_definition(check: Any, dtype: torch.dtype) -> None:
     check(registered, "cpu", dtype)

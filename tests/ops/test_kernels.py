@@ -35,7 +35,7 @@ def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
     result = run(["-m", "pytest", suite, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"], TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     counts = next(ET.parse(report).iter("testsuite")).attrib
-    assert (int(counts["tests"]), int(counts["skipped"])) == (len(CHECKS) * 2 + 2, 0)
+    assert (int(counts["tests"]), int(counts["skipped"])) == (len(CHECKS) * 3 + 2, 0)
     assert int(counts["failures"]) == int(counts["errors"]) == 0
 
 
