@@ -93,7 +93,6 @@ class EncoderHost(Host):
     """
 
     sites: ClassVar[tuple[str, ...]] = ("EncoderBlock",)
-    options: ClassVar[tuple[str, ...]] = ("exit", "fill", "score_backend")
     #: whether a layer can be made to form its attention matrix itself (then it serves output and score)
     forms_matrix: ClassVar[bool] = False
 
@@ -165,6 +164,11 @@ class EncoderHost(Host):
     ) -> Any:
         """Run entry point `name` inside a scope; the place to restore grids and to pool by size."""
         return call(*args, **kwargs)
+
+    def restore(self, session: Session, x: Tensor, table: TokenTable) -> Tensor:
+        """Scatter reduced tokens (B, prefix + n, C) to every position, as the session fills them."""
+        prefix = self.info.prefix
+        return torch.cat([x[:, :prefix], table.restore(x[:, prefix:], session.fill)], dim=1)
 
     def form_matrix(self, layer: int, on: bool) -> None:
         """Make the attention of a layer form its matrix (only where `forms_matrix`)."""

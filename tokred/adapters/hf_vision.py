@@ -316,7 +316,7 @@ class HFVisionHost(EncoderHost):
                 session, output["last_hidden_state"], state.table, scope.facts["pool_mask"]
             )
         elif session.exit == "restore":
-            output["last_hidden_state"] = self._restore(session, output["last_hidden_state"], state.table)
+            output["last_hidden_state"] = self.restore(session, output["last_hidden_state"], state.table)
         if session.exit == "restore":
             self._restore_hidden_states(session, output, state)
         return output
@@ -325,13 +325,9 @@ class HFVisionHost(EncoderHost):
         """hidden_states[i] entered layer i, hence left layer i - 1; entries that nobody asked for are None."""
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(
-                x if x is None else self._restore(session, x, state.after(i - 1))
+                x if x is None else self.restore(session, x, state.after(i - 1))
                 for i, x in enumerate(output["hidden_states"])
             )
-
-    def _restore(self, session: Session, x: Tensor, table: TokenTable) -> Tensor:
-        prefix = self.info.prefix
-        return torch.cat([x[:, :prefix], table.restore(x[:, prefix:], session.fill)], dim=1)
 
     def _for_mean(self, session: Session, x: Tensor, table: TokenTable, pool_mask: Tensor | None) -> Tensor:
         """Scale the patch tokens so that the wrapper's plain mean weighs them by size and leaves padding out.
@@ -433,7 +429,7 @@ class RestoreStack:
         host: Any = self.session.host
         scope = self.session.call.scope
         if scope is not None and scope.state is not None and scope.state.table.steps:
-            output["last_hidden_state"] = host._restore(self.session, output["last_hidden_state"], scope.state.table)
+            output["last_hidden_state"] = host.restore(self.session, output["last_hidden_state"], scope.state.table)
             host._restore_hidden_states(self.session, output, scope.state)
         return output
 

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from tokred.adapters.encoder import EncoderHost, ForwardState, Session, scoped_entries, slice_mask
 from tokred.core.errors import InvalidParameterError, UnsupportedModelError
 from tokred.core.sites import AttentionTap, EncoderInfo
-from tokred.core.tokens import TokenTable
 
 __all__ = ["OpenClipHost"]
 
@@ -178,13 +177,10 @@ class OpenClipHost(EncoderHost):
             return self._intermediates(session, call, args, kwargs)
         state = _state(session)
         if name == "_pool" and session.exit == "restore" and state is not None:
-            return call(self._restore(session, args[0], state.table), *args[1:], **kwargs)
+            return call(self.restore(session, args[0], state.table), *args[1:], **kwargs)
         if name == "_global_pool":
             return self._global_pool(session, call, *args, **kwargs)
         return call(*args, **kwargs)
-
-    def _restore(self, session: Session, x: Tensor, table: TokenTable) -> Tensor:
-        return torch.cat([x[:, :_PREFIX], table.restore(x[:, _PREFIX:], session.fill)], dim=1)
 
     def _global_pool(self, session: Session, call: Callable[..., Any], x: Tensor) -> Any:
         """Average merged tokens by their sizes: the mean over tokens becomes the mean over what they represent."""

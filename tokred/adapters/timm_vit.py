@@ -194,13 +194,9 @@ class TimmHost(EncoderHost):
         table = state.table
         if isinstance(output, dict):
             if session.exit == "restore":
-                return {**output, "patches": self._restore(session, output["patches"], table)}
+                return {**output, "patches": self.restore(session, output["patches"], table)}
             return {**output, "patch_valid": table.valid}
-        return self._restore(session, output, table) if session.exit == "restore" else output
-
-    def _restore(self, session: Session, x: Tensor, table: TokenTable) -> Tensor:
-        prefix = self.info.prefix
-        return torch.cat([x[:, :prefix], table.restore(x[:, prefix:], session.fill)], dim=1)
+        return self.restore(session, output, table) if session.exit == "restore" else output
 
     def _pool(self, session: Session, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pool merged tokens by their sizes: the mean over tokens becomes the mean over what they represent."""
@@ -250,14 +246,14 @@ class TimmHost(EncoderHost):
             features = [reshape(layer, y) for layer, y in zip(layers, output["image_intermediates"], strict=True)]
             output = {**output, "image_intermediates": features}
             if "image_features" in output and session.exit == "restore":
-                output["image_features"] = self._restore(session, output["image_features"], state.table)
+                output["image_features"] = self.restore(session, output["image_features"], state.table)
             return output
         final, features = (None, output) if isinstance(output, list) else output
         features = [reshape(layer, y) for layer, y in zip(layers, features, strict=True)]
         if final is None:
             return features
         if session.exit == "restore":
-            final = self._restore(session, final, state.table)
+            final = self.restore(session, final, state.table)
         return final, features
 
     def _intermediate(self, session: Session, state: Any, wanted: str, layer: int, y: Any) -> Any:

@@ -29,14 +29,12 @@ class Host(ABC):
     Class attributes:
         family: for tables. classes: names of the model classes served. sites: what the family offers.
         refusals: what is refused, by class name or option, with the reason.
-        options: names of the keyword options that `attach` understands.
     """
 
     family: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     sites: ClassVar[tuple[str, ...]]
     refusals: ClassVar[Mapping[str, str]] = {}
-    options: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod

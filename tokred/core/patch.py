@@ -70,7 +70,7 @@ class Patch:
         """
         if self._attachment is None:
             raise RuntimeError("this patch was removed; call tokred.patch again")
-        options, rest = split_options(parameters, self._host)
+        options, rest = split_options(parameters)
         methods = resolve(method, rest)
         check_fit(self._host, methods)
         before, old_options = self.methods, self._options
@@ -136,7 +136,7 @@ def patch(model: nn.Module, method: object, **parameters: Any) -> Patch:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     check_free(model)
-    options, rest = split_options(parameters, None)
+    options, rest = split_options(parameters)
     methods = resolve(method, rest)
     if not methods:
         raise UnsupportedModelError("an empty list of methods does nothing; give at least one method")
@@ -209,7 +209,7 @@ def check_fit(host: Host, methods: Sequence[Method]) -> None:
                 )
 
 
-def split_options(parameters: Mapping[str, Any], host: Host | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separate the options of `patch` from the parameters of a method."""
     options = {key: value for key, value in parameters.items() if key in _OPTIONS}
     rest = {key: value for key, value in parameters.items() if key not in _OPTIONS}

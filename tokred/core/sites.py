@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from tokred import ops
-from tokred.core.errors import NoClassTokenError, RaggedInputError
+from tokred.core.errors import NoClassTokenError
 from tokred.core.tokens import TokenTable
 
-__all__ = ["SITES", "AttentionTap", "EncoderBlock", "EncoderInfo", "Placement", "ScoreBackend"]
+__all__ = ["SITES", "AttentionTap", "EncoderBlock", "EncoderInfo", "Placement"]
 
 Placement = Literal["attn", "block"]
-ScoreBackend = Literal["auto", "recompute", "matrix"]
 
 SITES: dict[str, str] = {
     "EncoderBlock": "after the attention residual, or after the whole block, of a vision encoder layer",
@@ -196,11 +195,3 @@ class EncoderBlock:
         if mask is not None and mask.dtype != torch.bool:
             mask = mask / temperature
         return ops.attention_rows(tap.q, tap.k, tap.scale / temperature, mask=mask)
-
-    def require_dense(self, method: str) -> None:
-        """Refuse inputs padded to different lengths, for methods that have no definition of them."""
-        if self.valid is not None:
-            raise RaggedInputError(
-                f"{method} is not defined for images of different sizes padded into one batch; "
-                "run them in batches of one size, or use TopK or RandomTokens"
-            )

@@ -41,7 +41,6 @@ class TopK(EncoderMethod):
     name: ClassVar[str] = "topk"
     title: ClassVar[str] = "Top-K (EViT)"
     paper: ClassVar[str] = "Not All Patches are What You Need: EViT (ICLR 2022, arXiv 2202.07800)"
-    ragged: ClassVar[bool] = True
     default_layers: ClassVar[tuple[int, ...]] = (3, 6, 9)
 
     def __post_init__(self) -> None:
@@ -55,6 +54,10 @@ class TopK(EncoderMethod):
                 raise InvalidParameterError(f"keep_rate has {len(self.keep_rate)} entries for {expected} layers")
         else:
             check_fraction("keep_rate", self.keep_rate)
+
+    @property
+    def ragged(self) -> bool:  # type: ignore[override]
+        return not self.fuse
 
     @property
     def placement(self) -> Placement:
@@ -83,7 +86,6 @@ class TopK(EncoderMethod):
         scores = scores.mean(dim=1)
         if not self.fuse:
             return keep_top(view, scores, lambda n: math.ceil(rule * n))
-        view.require_dense("TopK(fuse=True)")
         return _fuse(scores, math.ceil(rule * view.count))
 
     def cost(self, info: EncoderInfo, tokens: int, rule: float) -> int:

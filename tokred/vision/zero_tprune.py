@@ -218,7 +218,6 @@ class ZeroTPrune(EncoderMethod):
     # -- one pruning layer -------------------------------------------------------------------------------------------
 
     def reduce(self, view: EncoderBlock, rule: Stage) -> Keep | None:
-        view.require_dense("ZeroTPrune")
         attention = view.attention_matrix(self.tau_imp)
         alive = torch.ones(attention.shape[0], view.count, dtype=torch.bool, device=attention.device)
         if self.order == "SI":
