@@ -17,6 +17,7 @@ __all__ = ["HOSTS", "find_host", "host_classes"]
 HOSTS: tuple[tuple[str, str, str], ...] = (
     ("timm", "tokred.adapters.timm_vit", "TimmHost"),
     ("open_clip", "tokred.adapters.open_clip", "OpenClipHost"),
+    ("transformers", "tokred.adapters.hf_vlm", "HFVLMHost"),
     ("transformers", "tokred.adapters.hf_vision", "HFVisionHost"),
 )
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokred.core.method import registered
+from tokred.core.method import Method, registered
 
 __all__ = ["HostRecord", "MethodRecord", "compatibility", "hosts", "methods"]
 
@@ -56,5 +56,11 @@ def hosts() -> list[HostRecord]:
 
 
 def compatibility() -> dict[str, dict[str, bool]]:
-    """{method: {host family: whether the host has every site of the method}}."""
-    return {m.name: {h.family: set(m.sites) <= set(h.sites) for h in hosts()} for m in methods()}
+    """{method: {host family: whether the host has the sites where the method acts}}."""
+    known = registered()
+    return {name: {h.family: _fits(cls, h) for h in hosts()} for name, cls in sorted(known.items())}
+
+
+def _fits(method: type[Method], host: HostRecord) -> bool:
+    sites = set(method.sites)
+    return bool(sites & set(host.sites)) if method.any_site else sites <= set(host.sites)

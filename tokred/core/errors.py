@@ -11,12 +11,19 @@ __all__ = [
     "ConflictError",
     "InvalidParameterError",
     "LayerError",
+    "LayoutError",
     "MissingSiteError",
     "NoClassTokenError",
+    "PaddingError",
+    "PreEncodedError",
     "RaggedInputError",
+    "RequestError",
+    "ScorerError",
+    "StaleCacheError",
     "TokredError",
     "UnknownMethodError",
     "UnknownParameterError",
+    "UnsupportedGenerationError",
     "UnsupportedModelError",
     "nearest",
 ]
@@ -50,6 +57,10 @@ class LayerError(TokredError, ValueError):
     """A layer index or a schedule does not fit the depth of the model."""
 
 
+class LayoutError(TokredError, NotImplementedError):
+    """The method has no definition for the way in which these visual tokens lie."""
+
+
 class NoClassTokenError(TokredError, ValueError):
     """Scores of the class token were asked of a model without one."""
 
@@ -68,6 +79,30 @@ class CompiledModelError(TokredError, RuntimeError):
 
 class RaggedInputError(TokredError, NotImplementedError):
     """The method has no definition for inputs that are padded to different lengths."""
+
+
+class PreEncodedError(TokredError, ValueError):
+    """Scores of the vision tower are needed, but its output was made elsewhere, without them."""
+
+
+class PaddingError(TokredError, ValueError):
+    """A batch is padded on a side where the call cannot work."""
+
+
+class RequestError(TokredError, ValueError):
+    """What the caller gave for a request (query, frames, scores) does not fit its inputs."""
+
+
+class StaleCacheError(TokredError, RuntimeError):
+    """A KV cache and the model that is asked to go on from it do not fit together."""
+
+
+class UnsupportedGenerationError(TokredError, NotImplementedError):
+    """A way of generating that is refused by name on a patched model."""
+
+
+class ScorerError(TokredError, ValueError):
+    """A frame scorer cannot be built or called, or what it returned are no scores."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from tokred import ops
 from tokred.core.errors import InvalidParameterError, UnknownMethodError, UnknownParameterError, nearest
-from tokred.core.sites import EncoderBlock, EncoderInfo, Placement
-from tokred.core.tokens import Keep, Merge
+from tokred.core.sites import EncoderBlock, EncoderInfo, MediaLayout, Needs, Placement, TowerInfo, VisualFeatures
+from tokred.core.tokens import Keep, Merge, Resample
 
-__all__ = ["EncoderMethod", "Method", "from_dict", "keep_top", "registered", "resolve"]
+__all__ = ["EncoderMethod", "Method", "VisualMethod", "from_dict", "keep_top", "registered", "resolve"]
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -24,7 +24,8 @@ class Method:
 
     Class attributes:
         name: registry key, snake case. title, paper: for tables.
-        sites: the names of the sites where the method acts.
+        sites: the names of the sites where the method acts; of several, `acts_at` says which it takes of a host.
+        any_site: whether one of its sites is enough.
         conflicts: other methods (by name) that cannot share a model with this one, with the reason.
     """
 
@@ -32,6 +33,7 @@ class Method:
     title: ClassVar[str]
     paper: ClassVar[str]
     sites: ClassVar[tuple[str, ...]] = ()
+    any_site: ClassVar[bool] = False
     conflicts: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -46,6 +48,10 @@ class Method:
                 hint = f"{nearest(key, fields)}; it has: {', '.join(sorted(fields))}"
                 raise UnknownParameterError(f"{cls.__name__} has no parameter {key!r}{hint}")
         return super().__new__(cls)
+
+    def acts_at(self, offered: Sequence[str]) -> tuple[str, ...]:
+        """The sites that this instance needs, given what a host offers."""
+        return self.sites
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"method": name, field: value, ...}`` of JSON types; `tokred.from_dict` reads it back."""
@@ -120,6 +126,45 @@ class EncoderMethod(Method):
                 left = self.count(left, rules[layer])
             counts.append(left)
         return counts
+
+
+class VisualMethod(Method):
+    """A method of the `VisualFeatures` site: it chooses among the visual tokens before the language model sees them.
+
+    Attributes:
+        positions: "compact" numbers the survivors 0, 1, ...; "original" leaves each its position; None is the
+            method's own rule (`own_positions`), and "original" on hosts whose positions are places in space and time.
+        keep_newline: whether the tokens that end rows (LLaVA-NeXT) stay, on top of the budget.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = ("VisualFeatures",)
+    own_positions: ClassVar[Literal["compact", "original"]] = "compact"
+    positions: Literal["compact", "original"] | None = None
+    keep_newline: bool = False
+
+    def needs(self, tower: TowerInfo) -> Needs:
+        """What the host must capture of the vision tower; refuse a tower that cannot give it."""
+        return Needs()
+
+    def kept(self, layout: MediaLayout) -> int:
+        """Tokens (newlines apart) that leave the site for one image or video of this layout, at most."""
+        raise TypeError(f"{type(self).__name__} does not define kept()")
+
+    def largest(self, layout: MediaLayout) -> int:
+        """Placeholders that one image or video may need, newlines included: static caches reserve as many."""
+        return self.kept(layout)
+
+    def bypasses(self, layout: MediaLayout) -> bool:
+        """Whether an image or video of this layout goes on untouched, newlines included."""
+        return self.kept(layout) == len(layout.cells)
+
+    def select(self, view: VisualFeatures) -> Keep | Sequence[Resample] | None:
+        """Answer one view: `Keep` of (G, K) tokens, one `Resample` for each item, or None to keep everything."""
+        raise TypeError(f"{type(self).__name__} does not define select()")
+
+    def scoring_macs(self, tower: TowerInfo, layout: MediaLayout, width: int) -> int:
+        """Multiply-adds that the selection adds for one image or video; `width` is D of the language model."""
+        return 0
 
 
 def keep_top(view: EncoderBlock, scores: Tensor, count: Callable[[int], int]) -> Keep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ from tokred.core.trace import Trace
 __all__ = ["Patch", "patch", "unpatch"]
 
 _RECORD = "_tokred"
-_OPTIONS = ("exit", "fill", "score_backend")
+_OPTIONS = ("exit", "fill", "score_backend", "processor", "restore_length")
 
 
 class Patch:
@@ -85,6 +86,22 @@ class Patch:
         self.methods = tuple(methods)
         return self
 
+    def request(self, **given: Any) -> AbstractContextManager[None]:
+        """Give, for the calls inside the ``with``, what a method reads beside the model's inputs.
+
+        Args:
+            query: the question, a string or one for each sample. frames: the raw frames, uint8 (T, H, W, 3) or a list
+                of them, one for each video. frame_scores: (T,) relevance in [0, 1], or one for each video.
+
+        Raises:
+            RequestError (ValueError): nothing or something else was given. MissingSiteError: no method here reads it.
+        """
+        if self._attachment is None:
+            raise RuntimeError("this patch was removed; call tokred.patch again")
+        if not hasattr(self._attachment, "request"):
+            raise MissingSiteError(f"{self!r} has no method that reads a request")
+        return self._attachment.request(**given)
+
     def unmerge(self, tokens: Tensor, fill: str = "nearest") -> Tensor:
         """Scatter reduced tokens back to the grid: `Trace.restore` of the last pass."""
         return self.trace.restore(tokens, fill)
@@ -120,7 +137,10 @@ def patch(model: nn.Module, method: object, **parameters: Any) -> Patch:
         method: an instance such as ``tokred.ToMe(r=8)``, a name with its parameters as keywords, or a list of methods.
         **parameters: parameters of a method given by name, and options: ``exit="reduced" | "restore"`` (hand reduced
             tokens on, or scatter them back to every position at the end of the encoder), ``fill="nearest" | "zeros"``
-            (what is written where a token was dropped), ``score_backend="auto" | "recompute" | "matrix"``.
+            (what is written where a token was dropped), ``score_backend="auto" | "recompute" | "matrix"``;
+            on multimodal models ``processor=`` (lets methods read the question and the frames) and
+            ``restore_length=True`` (logits and hidden states at every position of the caller's prompt; False gives
+            those of the reduced one).
 
     Returns:
         A `Patch` with ``.trace``, ``.replace(method)`` and ``.remove()``, which is also a context manager.
@@ -191,7 +211,7 @@ def check_free(model: nn.Module) -> None:
 def check_fit(host: Host, methods: Sequence[Method]) -> None:
     """Every method has a site on the host, and no two exclude each other."""
     for method in methods:
-        missing = [site for site in method.sites if site not in host.sites]
+        missing = [site for site in method.acts_at(host.sites) if site not in host.sites]
         if missing:
             from tokred.adapters.registry import host_classes
 

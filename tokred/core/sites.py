@@ -1,14 +1,15 @@
 """Sites: the contracts between methods and hosts.
 
 A host builds the view of a site and carries out the answer; a method reads the view and answers. `EncoderBlock` is
-the site inside a vision encoder. Views are made for one call and hold tensors of that call only.
+the site inside a vision encoder, `VisualFeatures` the one between a vision encoder and a language model. Views are
+made for one call and hold tensors of that call only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +18,24 @@ from tokred import ops
 from tokred.core.errors import NoClassTokenError
 from tokred.core.tokens import TokenTable
 
-__all__ = ["SITES", "AttentionTap", "EncoderBlock", "EncoderInfo", "Placement"]
+__all__ = [
+    "SITES",
+    "AttentionTap",
+    "EncoderBlock",
+    "EncoderInfo",
+    "MediaLayout",
+    "Needs",
+    "Placement",
+    "TowerInfo",
+    "VisualFeatures",
+    "VisualSource",
+]
 
 Placement = Literal["attn", "block"]
 
 SITES: dict[str, str] = {
     "EncoderBlock": "after the attention residual, or after the whole block, of a vision encoder layer",
+    "VisualFeatures": "between vision encoder and language model: the visual tokens of one image or video",
 }
 
 
@@ -195,3 +208,208 @@ class EncoderBlock:
         if mask is not None and mask.dtype != torch.bool:
             mask = mask / temperature
         return ops.attention_rows(tap.q, tap.k, tap.scale / temperature, mask=mask)
+
+
+@dataclass(frozen=True)
+class MediaLayout:
+    """How the visual tokens of one image or video lie in the prompt.
+
+    A *partition* is a tile of an image or a frame of a video; each has the same grid of *cells*, numbered
+    ``partition * rows * columns + row * columns + column``. A cell may be missing from the prompt (unpadding).
+
+    Attributes:
+        kind: "image" or "video".
+        partitions: tiles (P) or frames (T; for Qwen, temporal patches).
+        grid: (rows, columns) of one partition.
+        slots: for each placeholder of the prompt its cell, or `NEWLINE` (end of a row), `END` (end of the media) or
+            `CLASS` (a class token that is fed to the language model).
+        mosaic: (R, C), how partitions other than the overview tile the image, in raster order; None for no mosaic.
+        overview: the partition that shows the whole image, where there is a mosaic.
+        size: (height, width) of the original image, where the host knows it.
+        merge: cells of the vision tower along each side of one cell here (pixel shuffle, pooling, Qwen's merger).
+        uniform: False where tokens were resampled over the mosaic, so that tower cells and tokens do not correspond.
+    """
+
+    NEWLINE = -1
+    END = -2
+    CLASS = -3
+
+    kind: Literal["image", "video"]
+    partitions: int
+    grid: tuple[int, int]
+    slots: tuple[int, ...] = field(repr=False)
+    mosaic: tuple[int, int] | None = None
+    overview: int | None = None
+    size: tuple[int, int] | None = None
+    merge: int = 1
+    uniform: bool = True
+
+    @property
+    def cells_per_partition(self) -> int:
+        """N, cells of one partition."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def total_cells(self) -> int:
+        """P N, cells of all partitions, those that unpadding cut off included."""
+        return self.partitions * self.cells_per_partition
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """The cell of each prunable token (slots without newlines and class tokens)."""
+        return tuple(slot for slot in self.slots if slot >= 0)
+
+
+@dataclass(frozen=True)
+class TowerInfo:
+    """The vision tower of a multimodal model, as far as the `VisualFeatures` site tells of it.
+
+    Attributes:
+        depth, heads: of its layers.
+        has_class: whether it has a class token.
+        feature_layer: 0-based, the last layer that contributes to the features the language model reads.
+        has_probe: whether it ends in an attention pool whose probe can be asked (SigLIP's head).
+        projects: whether the projector acts on each token by itself, so that merged tower tokens can be projected.
+    """
+
+    depth: int
+    heads: int
+    has_class: bool
+    feature_layer: int
+    has_probe: bool = False
+    projects: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method wants of the vision tower; the host captures nothing else.
+
+    Attributes:
+        rows: layers whose class-token attention it reads. mass: layers whose received attention it reads.
+        keys: layers whose keys it reads. probe: the attention of the pooling head's probe.
+        hidden: tower tokens before the projector. dense: frame features before the host pools them.
+        pixels: the frames as pictures.
+    """
+
+    rows: frozenset[int] = frozenset()
+    mass: frozenset[int] = frozenset()
+    keys: frozenset[int] = frozenset()
+    probe: bool = False
+    hidden: bool = False
+    dense: bool = False
+    pixels: bool = False
+
+
+class VisualSource(Protocol):
+    """What a host hands out for one group of images or videos of equal layout (G of them)."""
+
+    def class_attention(self, layer: int) -> Tensor: ...
+    def attention_mass(self, layer: int) -> Tensor: ...
+    def probe_attention(self) -> Tensor: ...
+    def keys(self, layer: int) -> Tensor: ...
+    def hidden(self) -> Tensor: ...
+    def class_hidden(self) -> Tensor: ...
+    def project(self, x: Tensor) -> Tensor: ...
+    def dense(self) -> tuple[Tensor, tuple[int, int], Callable[[Tensor], Tensor]]: ...
+    def query(self, item: int) -> str: ...
+    def question_features(self, item: int) -> Tensor: ...
+    def frames(self, item: int) -> Tensor: ...
+    def frame_scores(self, item: int) -> Tensor | None: ...
+    def newline(self) -> Tensor | None: ...
+
+
+@dataclass
+class VisualFeatures:
+    """View of G images (or videos) of one layout, on their way from the vision encoder into the language model.
+
+    Attributes:
+        layout: how their tokens lie. tower: the encoder in numbers.
+        features: (G, n, D), what the language model would read: the prunable tokens, in the order of the prompt.
+        cells: (n,) int64, the cell of each token (`MediaLayout.cells`).
+        source: asks the host for scores and more; the method must have declared them in `needs`.
+        mrope: whether positions are those of cells in space and time (Qwen), not of tokens in a line.
+    """
+
+    layout: MediaLayout
+    tower: TowerInfo
+    features: Tensor
+    cells: Tensor
+    source: VisualSource
+    mrope: bool = False
+
+    @property
+    def count(self) -> int:
+        """n, prunable tokens of one image or video."""
+        return self.features.shape[1]
+
+    @property
+    def items(self) -> int:
+        """G, images or videos in this view."""
+        return self.features.shape[0]
+
+    @property
+    def partition(self) -> Tensor:
+        """(n,) int64: the tile or frame of each token."""
+        return self.cells // self.layout.cells_per_partition
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """Values of cells (G, P, N, ...) -> values of the tokens (G, n, ...)."""
+        return values.flatten(1, 2)[:, self.cells]
+
+    def class_attention(self, layer: int) -> Tensor:
+        """(G, P, H, N) float32: attention of the class token to each cell at a tower layer, softmax over all tokens."""
+        return self.source.class_attention(layer)
+
+    def attention_mass(self, layer: int) -> Tensor:
+        """(G, P, H, N) float32: attention that each cell receives at a tower layer, summed over all queries."""
+        return self.source.attention_mass(layer)
+
+    def probe_attention(self) -> Tensor:
+        """(G, P, H, N) float32: attention of the pooling head's probe to each cell."""
+        return self.source.probe_attention()
+
+    def keys(self, layer: int) -> Tensor:
+        """(G, P, H, N, d): keys of the cells at a tower layer."""
+        return self.source.keys(layer)
+
+    def hidden(self) -> Tensor:
+        """(G, P, N, C): tower tokens at the layer that the projector reads."""
+        return self.source.hidden()
+
+    def class_hidden(self) -> Tensor:
+        """(G, P, C): the class token at that layer."""
+        return self.source.class_hidden()
+
+    def project(self, x: Tensor) -> Tensor:
+        """Project tower tokens (..., C) to what the language model reads (..., D)."""
+        return self.source.project(x)
+
+    def dense(self) -> tuple[Tensor, tuple[int, int], Callable[[Tensor], Tensor]]:
+        """Frame features before the host pools them: (G, T, rows * columns, C), (rows, columns), and what makes
+        language model features of resampled ones."""
+        return self.source.dense()
+
+    def query(self, item: int) -> str:
+        """The question that goes with an item: as given by `Patch.request`, else the text of its prompt."""
+        return self.source.query(item)
+
+    def question_features(self, item: int) -> Tensor:
+        """(L, D): what the language model reads for the text tokens of the item's prompt."""
+        return self.source.question_features(item)
+
+    def frames(self, item: int) -> Tensor:
+        """(T, height, width, 3) uint8: the frames of an item as pictures."""
+        return self.source.frames(item)
+
+    def frame_scores(self, item: int) -> Tensor | None:
+        """(T,) scores that the caller gave by `Patch.request`, or None."""
+        return self.source.frame_scores(item)
+
+    @property
+    def newline(self) -> Tensor | None:
+        """(D,) the embedding that ends a row of tokens, where the host has one."""
+        return self.source.newline()
+
+    def texts(self) -> Sequence[str]:
+        """The question of each item."""
+        return [self.query(item) for item in range(self.items)]

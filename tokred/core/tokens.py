@@ -16,7 +16,7 @@ from torch import Tensor
 from tokred import ops
 from tokred.core.errors import InvalidParameterError
 
-__all__ = ["Keep", "Merge", "Step", "TokenTable"]
+__all__ = ["Keep", "Merge", "Resample", "Step", "TokenTable"]
 
 Fill = Literal["zeros", "nearest"]
 
@@ -53,6 +53,23 @@ class Merge:
     @property
     def slots(self) -> int:
         return self.representative.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Resample:
+    """New visual tokens in place of those of one image or video (interpolated, merged, or chosen with changes).
+
+    Attributes:
+        sources: (m,) int64, the token (position in the view) whose place and position each new one takes, -1 for one
+            that stands for no single token (a class token, a newline). Given in the order of the prompt.
+        features: (m, D), what the language model reads.
+        transfer: makes the like of `features` from the tokens of another tensor (n, C) -> (m, C), for hosts that feed
+            further tensors along (deepstack); None gathers by `sources`.
+    """
+
+    sources: Tensor
+    features: Tensor
+    transfer: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)

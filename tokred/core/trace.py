@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from tokred.core.errors import InvalidParameterError
+from tokred.core.sites import MediaLayout
 from tokred.core.tokens import TokenTable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Trace", "TraceStep"]
+__all__ = ["MediaStep", "Trace", "TraceStep"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +45,78 @@ class TraceStep:
         return self.origins
 
 
+@dataclass(frozen=True, eq=False)
+class MediaStep:
+    """What became of the visual tokens of one image or video before the language model.
+
+    Attributes:
+        method: by name. sample: row of the batch. layout: how its tokens lay.
+        tokens_in, tokens_out: newlines and class tokens apart.
+        cells: (tokens_out,) int64, the cell of each token in the order of the prompt, -1 for one that stands for none.
+    """
+
+    method: str
+    sample: int
+    layout: MediaLayout
+    tokens_in: int
+    tokens_out: int
+    cells: Tensor
+
+    @classmethod
+    def of(cls, method: str, sample: int, layout: MediaLayout, tokens: Tensor) -> MediaStep:
+        """`tokens` (m,) are positions among the prunable tokens of the layout, -1 for none."""
+        cells = torch.tensor(layout.cells, device=tokens.device)
+        taken = torch.where(tokens >= 0, cells[tokens.clamp_min(0)], tokens)
+        return cls(method, sample, layout, cells.shape[0], tokens.shape[0], taken)
+
+    @property
+    def kept(self) -> Tensor:
+        """(1, tokens_out) int64: the cells, as `TraceStep.kept` has them."""
+        return self.cells[None]
+
+    @property
+    def mask(self) -> Tensor:
+        """(partitions, cells of one) bool: which cells are left, or lend their place to a token that is."""
+        layout = self.layout
+        mask = torch.zeros(layout.total_cells, dtype=torch.bool, device=self.cells.device)
+        mask[self.cells[self.cells >= 0]] = True
+        return mask.unflatten(0, (layout.partitions, -1))
+
+    @property
+    def per_partition(self) -> list[int]:
+        """Tokens that each tile or frame has got."""
+        partition = self.cells[self.cells >= 0] // self.layout.cells_per_partition
+        return torch.bincount(partition, minlength=self.layout.partitions).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "site": "VisualFeatures",
+            "method": self.method,
+            "sample": self.sample,
+            "kind": self.layout.kind,
+            "grid": list(self.layout.grid),
+            "partitions": self.layout.partitions,
+            "mosaic": list(self.layout.mosaic) if self.layout.mosaic else None,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "per_partition": self.per_partition,
+            "cells": self.cells.tolist(),
+        }
+
+
 class Trace:
     """The reductions of one forward pass.
 
-    `len(trace)`, iteration and indexing give `TraceStep`s; a model that was not run yet, or from which nothing was
-    removed, has none.
+    `len(trace)`, iteration and indexing give a `TraceStep` for each reduction inside a vision encoder, then a
+    `MediaStep` for each image or video that was reduced before the language model; a model that was not run yet, or
+    from which nothing was removed, has none.
+
+    Attributes:
+        media: the `MediaStep`s alone.
     """
 
-    def __init__(self, table: TokenTable | None, prefix: int = 0) -> None:
+    def __init__(self, table: TokenTable | None, prefix: int = 0, media: Sequence[MediaStep] = ()) -> None:
+        self.media = tuple(media)
         self.prefix = prefix
         self.total = table.total if table is not None else None
         self.grid = table.grid if table is not None else None
@@ -60,15 +125,20 @@ class Trace:
 
     @property
     def steps(self) -> list[TraceStep]:
+        """The reductions inside a vision encoder."""
         if self._steps is None:
             self._steps = list(_steps(self._table)) if self._table is not None else []
         return self._steps
 
-    def __len__(self) -> int:
-        return len(self._table.steps) if self._table is not None else 0
+    def followed_by(self, later: Trace) -> Trace:
+        """This trace (of an encoder) and what came after it."""
+        return Trace(self._table, self.prefix, (*self.media, *later.media))
 
-    def __getitem__(self, index: int) -> TraceStep:
-        return self.steps[index]
+    def __len__(self) -> int:
+        return (len(self._table.steps) if self._table is not None else 0) + len(self.media)
+
+    def __getitem__(self, index: int) -> TraceStep | MediaStep:
+        return [*self.steps, *self.media][index]
 
     @property
     def counts(self) -> list[tuple[int, int]]:
@@ -78,8 +148,13 @@ class Trace:
     def __repr__(self) -> str:
         if not len(self):
             return "Trace(nothing removed)"
-        chain = " -> ".join([str(self.total), *(f"{count} (block {layer})" for layer, count in self.counts)])
-        return f"Trace(tokens per image: {chain})"
+        parts = []
+        if self.counts:
+            chain = " -> ".join([str(self.total), *(f"{count} (block {layer})" for layer, count in self.counts)])
+            parts.append(f"tokens per image: {chain}")
+        parts += [f"{m.layout.kind} of sample {m.sample}: {m.tokens_in} -> {m.tokens_out}" for m in self.media[:4]]
+        more = [f"and {len(self.media) - 4} more"] if len(self.media) > 4 else []
+        return f"Trace({'; '.join([*parts, *more])})"
 
     def restore(self, tokens: Tensor, fill: str = "nearest") -> Tensor:
         """Scatter reduced tokens back to every original position.
@@ -119,6 +194,7 @@ class Trace:
                 }
                 for step in self.steps
             ],
+            "media": [step.to_dict() for step in self.media],
         }
 
     def draw(self, image: object, step: int = -1, sample: int = 0) -> Image:

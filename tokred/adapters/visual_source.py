@@ -1,0 +1,269 @@
+"""What the multimodal hosts hand to a method at the `VisualFeatures` site: tower scores by cell, queries, frames."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokred.adapters.towers import QwenTower, Seen
+from tokred.core.errors import PreEncodedError, RequestError
+from tokred.core.sites import MediaLayout, TowerInfo
+
+__all__ = ["GroupSource", "Request", "make_request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller gave beside the model's inputs: for every sample, image or video the same, or a list of them."""
+
+    query: str | Sequence[str] | None = None
+    frames: Any = None
+    frame_scores: Any = None
+
+
+def make_request(**given: Any) -> Request:
+    """Check the names of what was given to `Patch.request`."""
+    known = Request.__dataclass_fields__
+    wrong = [name for name in given if name not in known]
+    if wrong:
+        raise RequestError(f"request({wrong[0]}=...): expected {', '.join(known)}")
+    if not any(value is not None for value in given.values()):
+        raise RequestError("request() was given nothing; give query=, frames= or frame_scores=")
+    return Request(**given)
+
+
+class GroupSource:
+    """The `VisualSource` of one group of images or videos.
+
+    Args:
+        session: the attachment; its family and processor are asked.
+        members: the items, all of one layout and from one call of the encoder.
+        embeds: (B, S, D) what would enter the language model. text: (B, S), its text columns. ids: (B, S) or None.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        layout: MediaLayout,
+        members: Sequence[Any],
+        embeds: Tensor,
+        text: Tensor,
+        ids: Tensor | None,
+        request: Request | None,
+    ) -> None:
+        self.session, self.layout, self.members = session, layout, members
+        self.embeds, self.text, self.ids, self.request = embeds, text, ids, request
+        self.seen: Seen = members[0].seen
+
+    # -- tower ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def tower(self) -> TowerInfo:
+        """The tower, as far as it can be asked for this layout: pooled frames have no tower token each."""
+        info: TowerInfo = self.session.tower.info
+        return info if not info.projects or self._tower_tokens() is not None else _without_projection(info)
+
+    def class_attention(self, layer: int) -> Tensor:
+        return self._to_cells(self._scores("rows", layer))
+
+    def attention_mass(self, layer: int) -> Tensor:
+        return self._to_cells(self._scores("mass", layer))
+
+    def probe_attention(self) -> Tensor:
+        return self._to_cells(self._scores("probe", 0))
+
+    def keys(self, layer: int) -> Tensor:
+        scores = self._scores("keys", layer)  # (G, P, H, N', d)
+        channels_first = scores.transpose(-1, -2)
+        pooled = self._to_cells(channels_first.float(), total=False)
+        return pooled.transpose(-1, -2)
+
+    def hidden(self) -> Tensor:
+        tokens = self._tower_tokens()
+        if tokens is not None:
+            return tokens
+        features = torch.stack(
+            [self.embeds[item.row, item.cell_columns.to(self.embeds.device)] for item in self.members]
+        )
+        cells = torch.tensor(self.layout.cells, device=features.device)
+        laid = features.new_zeros(features.shape[0], self.layout.total_cells, features.shape[2])
+        laid[:, cells] = features
+        return laid.unflatten(1, (self.layout.partitions, -1))
+
+    def class_hidden(self) -> Tensor:
+        return self._split(self.session.parts.tower_features(self.seen)[:, 0])
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.session.parts.project(x) if self.tower.projects else x
+
+    def dense(self) -> tuple[Tensor, tuple[int, int], Callable[[Tensor], Tensor]]:
+        if self.seen.kind == "video" and self.seen.dense:
+            frames = torch.cat(self.seen.dense)
+            tokens = self._split(frames)
+            return tokens, self._tower_grid(tokens.shape[2]), self.session.parts.finish
+        features = torch.stack(
+            [self.embeds[item.row, item.cell_columns.to(self.embeds.device)] for item in self.members]
+        )
+        return features.unflatten(1, (self.layout.partitions, -1)), self.layout.grid, _same
+
+    def newline(self) -> Tensor | None:
+        return self.session.parts.newline()
+
+    def _scores(self, what: str, layer: int) -> Tensor:
+        found = self.seen.get(what, layer)
+        if found is None:
+            raise PreEncodedError(
+                f"the {self.seen.kind} features of this call were encoded before the model was patched for this "
+                "method, so the scores of its vision tower are missing; pass pixel values again"
+            )
+        if isinstance(self.session.tower, QwenTower):
+            cells = self.layout.total_cells
+            starts = list(itertools.accumulate((one.total_cells for one in self._layouts()), initial=0))
+            picked = [found[starts[item.index] : starts[item.index] + cells] for item in self.members]
+            return torch.stack(picked).unflatten(1, (self.layout.partitions, -1)).transpose(2, 3)
+        return self._split(found)
+
+    def _layouts(self) -> list[MediaLayout]:
+        return self.session.parts.layouts(self.seen)
+
+    def _split(self, tiles: Tensor) -> Tensor:
+        """(all tiles, ...) -> (G, P, ...)."""
+        starts = list(itertools.accumulate(self.session.parts.tiles(self.seen), initial=0))
+        return torch.stack([tiles[starts[item.index] : starts[item.index + 1]] for item in self.members])
+
+    def _to_cells(self, values: Tensor, total: bool = True) -> Tensor:
+        """Values (..., N') of the tower's own cells -> (..., N) of the layout's: the sum (or mean) over each."""
+        rows, columns = self.layout.grid
+        if values.shape[-1] == rows * columns:
+            return values
+        own = self._tower_grid(values.shape[-1])
+        pooled = F.adaptive_avg_pool2d(values.flatten(0, -2).unflatten(-1, own).unsqueeze(1), (rows, columns))
+        pooled = pooled.flatten(1).unflatten(0, values.shape[:-1])
+        return pooled * (values.shape[-1] / (rows * columns)) if total else pooled
+
+    def _tower_grid(self, cells: int) -> tuple[int, int]:
+        rows, columns = self.layout.grid
+        if (rows * self.layout.merge) * (columns * self.layout.merge) == cells:
+            return rows * self.layout.merge, columns * self.layout.merge
+        side = int(cells**0.5)
+        return side, side
+
+    def _tower_tokens(self) -> Tensor | None:
+        """(G, P, N, C), where the projector reads one tower token for each cell."""
+        if not self.session.tower.info.projects:
+            return None
+        hidden = self.session.parts.tower_features(self.seen)
+        hidden = hidden[:, getattr(self.session.tower, "prefix", 0) :]
+        return self._split(hidden) if hidden.shape[1] == self.layout.cells_per_partition else None
+
+    # -- request -------------------------------------------------------------------------------------------------------
+
+    def query(self, item: int) -> str:
+        row = self.members[item].row
+        given = None if self.request is None else self.request.query
+        if given is not None:
+            return given if isinstance(given, str) else self._pick("query", given, row, self.embeds.shape[0], "sample")
+        processor = self.session.processor
+        if processor is None or self.ids is None:
+            name = type(self.session.method).__name__
+            raise RequestError(
+                f"{name} reads the question, and nothing here can turn token ids into text; use "
+                "tokred.patch(model, method, processor=processor), or with patch.request(query=...): ..."
+            )
+        tokenizer = getattr(processor, "tokenizer", processor)
+        ids = self.ids[row][self.text[row].to(self.ids.device)]
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
+
+    def question_features(self, item: int) -> Tensor:
+        row = self.members[item].row
+        return self.embeds[row][self.text[row].to(self.embeds.device)]
+
+    def frames(self, item: int) -> Tensor:
+        given = None if self.request is None else self.request.frames
+        if given is not None:
+            chosen = given if _is_video(given) else self._pick("frames", given, *self._place(item), "video")
+            frames = torch.as_tensor(_stack(chosen))
+            if frames.shape[0] < self.layout.partitions:
+                raise RequestError(
+                    f"frames has {frames.shape[0]} frames for a video of {self.layout.partitions}; give those that "
+                    "the processor was given"
+                )
+            return frames
+        if self.session.processor is None:
+            raise RequestError(
+                f"{type(self.session.method).__name__} looks at the frames; use tokred.patch(model, method, "
+                "processor=processor), which undoes the normalisation, or with patch.request(frames=...): ..."
+            )
+        return self.session.parts.pictures(self.seen, self.members[item].index, self._unscale)
+
+    def frame_scores(self, item: int) -> Tensor | None:
+        given = None if self.request is None else self.request.frame_scores
+        if given is None:
+            return None
+        flat = torch.as_tensor(given) if isinstance(given, Tensor) or _numbers(given) else None
+        if flat is not None and flat.dim() == 1:
+            return flat
+        return torch.as_tensor(self._pick("frame_scores", given, *self._place(item), self.layout.kind))
+
+    def _place(self, item: int) -> tuple[int, int]:
+        """Which item of its media this is, of how many."""
+        return self.members[item].index, len(self._layouts())
+
+    def _pick(self, name: str, given: Sequence[Any], index: int, count: int, what: str) -> Any:
+        if len(given) == 1:
+            return given[0]
+        if len(given) != count:
+            raise RequestError(f"request({name}=...) has {len(given)} entries for {count} {what}s; give one for each")
+        return given[index]
+
+    def _unscale(self, pixels: Tensor) -> Tensor:
+        """Undo rescaling and normalisation: (T, 3, H, W) -> uint8."""
+        processor = self.session.processor
+        part = getattr(processor, f"{self.seen.kind}_processor", None) or getattr(
+            processor, "image_processor", processor
+        )
+        pixels = pixels.float()
+        if getattr(part, "do_normalize", True):
+            mean = torch.tensor(part.image_mean, device=pixels.device)[:, None, None]
+            std = torch.tensor(part.image_std, device=pixels.device)[:, None, None]
+            pixels = pixels * std + mean
+        factor = getattr(part, "rescale_factor", 1 / 255) if getattr(part, "do_rescale", True) else 1.0
+        return (pixels / factor).round().clamp(0, 255).to(torch.uint8)
+
+
+def _without_projection(info: TowerInfo) -> TowerInfo:
+    import dataclasses
+
+    return dataclasses.replace(info, projects=False)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(one, (int, float)) for one in value)
+
+
+def _is_video(value: Any) -> bool:
+    """Whether `value` is one video: an array (T, H, W, 3), or a list of pictures."""
+    if hasattr(value, "ndim"):
+        return value.ndim == 4
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and not isinstance(value[0], (list, tuple))
+        and not (hasattr(value[0], "ndim") and value[0].ndim == 4)
+    )
+
+
+def _stack(video: Any) -> Any:
+    import numpy as np
+
+    return video if hasattr(video, "ndim") else np.stack([np.asarray(frame) for frame in video])
