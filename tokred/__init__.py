@@ -22,6 +22,13 @@ _METHODS = {
     "TopK": "tokred.vision.topk",
     "ZeroTPrune": "tokred.vision.zero_tprune",
     "RandomTokens": "tokred.vision.random_tokens",
+    "HiRED": "tokred.vlm.hired",
+    "VisionZip": "tokred.vlm.visionzip",
+    "DivPrune": "tokred.vlm.divprune",
+    "CDPruner": "tokred.vlm.cdpruner",
+    "VisPruner": "tokred.vlm.vispruner",
+    "EVS": "tokred.vlm.evs",
+    "QuoTA": "tokred.vlm.quota",
 }
 
 _NAMES = {
@@ -40,7 +47,7 @@ _NAMES = {
     "unpatch": "tokred.core.patch",
 }
 
-_MODULES = ("ops", "vision", "zoo", "data")
+_MODULES = ("ops", "vision", "vlm", "zoo", "data")
 
 __all__ = [*_NAMES, "__version__", *_MODULES]
 
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
     from tokred import data as data
     from tokred import ops as ops
     from tokred import vision as vision
+    from tokred import vlm as vlm
     from tokred import zoo as zoo
     from tokred.core.catalog import hosts as hosts
     from tokred.core.catalog import methods as methods
@@ -65,6 +73,13 @@ if TYPE_CHECKING:
     from tokred.vision.tome import ToMe as ToMe
     from tokred.vision.topk import TopK as TopK
     from tokred.vision.zero_tprune import ZeroTPrune as ZeroTPrune
+    from tokred.vlm.cdpruner import CDPruner as CDPruner
+    from tokred.vlm.divprune import DivPrune as DivPrune
+    from tokred.vlm.evs import EVS as EVS
+    from tokred.vlm.hired import HiRED as HiRED
+    from tokred.vlm.quota import QuoTA as QuoTA
+    from tokred.vlm.visionzip import VisionZip as VisionZip
+    from tokred.vlm.vispruner import VisPruner as VisPruner
 
 
 def load_methods() -> None:

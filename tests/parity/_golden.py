@@ -88,7 +88,7 @@ def read_manifest(path: Path) -> list[Case]:
     if isinstance(entries, Mapping):
         pairs = list(entries.items())
     else:
-        pairs = [(entry["name"], entry) for entry in entries]
+        pairs = [(entry.get("name") or entry["file"], entry) for entry in entries]
     return [Case(name.removesuffix(".safetensors"), entry, manifest, path.parent) for name, entry in pairs]
 
 

@@ -31,6 +31,7 @@ from tokred.adapters.towers import Seen
 from tokred.adapters.visual_source import GroupSource, Request, make_request
 from tokred.adapters.vlm_families import FAMILIES, check_tower, family_of, sizes_of
 from tokred.core.budget import check_choice
+from tokred.core.encoded import Encoded
 from tokred.core.errors import (
     ConflictError,
     InvalidParameterError,
@@ -39,10 +40,11 @@ from tokred.core.errors import (
     RequestError,
     StaleCacheError,
     UnsupportedGenerationError,
+    UnsupportedModelError,
 )
 from tokred.core.host import Attachment, Host
 from tokred.core.method import Method, VisualMethod
-from tokred.core.sites import MediaLayout, Needs, VisualFeatures
+from tokred.core.sites import MediaLayout, Needs, PromptInfo, VisualFeatures
 from tokred.core.tokens import Keep, Resample
 from tokred.core.trace import MediaStep, Trace
 
@@ -90,6 +92,12 @@ class HFVLMHost(Host):
     def place(self, root: nn.Module) -> None:
         self.root = root
 
+    def describe_prompt(self, given: object) -> PromptInfo:
+        """A call in numbers: from sizes, or from what the processor returned (as `tokred.flops` takes them)."""
+        from tokred.adapters.vlm_describe import describe_prompt
+
+        return describe_prompt(self, given)
+
     def tower_host(self) -> Host:
         """The host of the vision tower, for methods that act inside it."""
         from tokred.adapters.registry import find_host
@@ -135,6 +143,9 @@ class Pipeline:
             first = first.followed_by(trace)
         return first
 
+    def encode_inputs(self, inputs: Mapping[str, Any]) -> Encoded:
+        return next(part for part in self.parts if hasattr(part, "encode_inputs")).encode_inputs(inputs)
+
     def request(self, **given: Any) -> Any:
         return next(part for part in self.parts if hasattr(part, "request")).request(**given)
 
@@ -151,6 +162,7 @@ class _Thread(threading.local):
         self.made: dict[str, Seen] = {}  # in the inner forward that runs now, by media
         self.frames: list[Frame] = []
         self.request: Request | None = None
+        self.encoding = False  # whether the pass ends before the language model
         self.steps: tuple[MediaStep, ...] = ()
 
 
@@ -162,7 +174,7 @@ class Frame:
         ids: (B, S) or None. columns: {media: (B, S) bool}, where its placeholders are; None while there are no media.
         mask: (B, keys) of this pass, None for all real. types: (B, S) token types. cache: given. past: its keys.
         back: (B, S) int64, the reduced column for each original one; None while nothing was reduced.
-        state: what the cache will carry.
+        state: what the cache will carry. types_out: (B, L) token types of the reduced sequence.
     """
 
     ids: Tensor | None = None
@@ -174,6 +186,7 @@ class Frame:
     past: int = 0
     back: Tensor | None = None
     state: Reduced | None = None
+    types_out: Tensor | None = None
 
 
 class VisualSession:
@@ -377,6 +390,8 @@ class VisualSession:
         if not items:
             return None
         answers = self._choose(frame, items, embeds)
+        if answers is None and self.thread.encoding:
+            answers = [None] * len(items)
         if answers is None:
             self._record([])
             return None
@@ -435,7 +450,8 @@ class VisualSession:
         features = torch.stack([embeds[item.row, item.cell_columns.to(embeds.device)] for item in members])
         cells = torch.tensor(layout.cells, device=embeds.device)
         source = GroupSource(self, layout, members, embeds, self._text(frame), frame.ids, self.thread.request)
-        view = VisualFeatures(layout, source.tower, features, cells, source, self.parts.mrope)
+        gaps = any(bool((item.columns[1:] != item.columns[:-1] + 1).any()) for item in members)
+        view = VisualFeatures(layout, source.tower, features, cells, source, self.parts.mrope, gaps)
         with torch.no_grad():
             answer = self.method.select(view)
         if answer is None:
@@ -482,7 +498,44 @@ class VisualSession:
         self._fit_mask(frame, out, source, real, merged)
         self._fit_deepstack(kwargs, out, built, real)
         self._record(built)
+        if self.thread.encoding:
+            raise Stop(self._encoded(out, built))
         return out
+
+    def _encoded(self, out: dict[str, Any], built: list[Built]) -> Encoded:
+        media: dict[str, list[Tensor]] = {}
+        for one in built:
+            for number, (item, _) in enumerate(one.items):
+                media.setdefault(item.media, []).append(one.embeds[one.owner == number])
+        if out.get("deepstack_visual_embeds") is not None:
+            raise UnsupportedModelError(
+                f"{type(self.parts.inner).__name__} adds visual features behind its first layers, which embeddings "
+                "alone cannot carry; use the patched model itself"
+            )
+        return Encoded(
+            inputs_embeds=out["inputs_embeds"],
+            attention_mask=self.thread.frames[-1].state.mask.long(),  # type: ignore[union-attr]
+            position_ids=out["position_ids"] if self.parts.mrope or self.positions == "original" else None,
+            token_type_ids=self.thread.frames[-1].types_out,
+            media=media,
+            trace=self.trace,
+        )
+
+    def encode_inputs(self, inputs: Mapping[str, Any]) -> Encoded:
+        """Run the vision encoder and the reduction on a processor's output, and stop before the language model."""
+        names = {*self.names, "mm_encoder_outputs"}
+        self.thread.encoding = True
+        try:
+            with torch.no_grad():
+                self.parts.inner(**{key: value for key, value in inputs.items() if key in names})
+        except Stop as stop:
+            return stop.encoded
+        finally:
+            self.thread.encoding = False
+        raise RequestError(
+            "nothing to encode: the inputs hold no image or video (pixel_values, pixel_values_videos); "
+            "pass what the processor returned"
+        )
 
     def _fit_positions(self, frame: Frame, out: dict[str, Any], source: Tensor, real: Tensor) -> None:
         positions = out.get("position_ids")
@@ -527,6 +580,7 @@ class VisualSession:
         before = mask[:, : frame.past].bool().to(real.device)
         keys = torch.cat([before, real], dim=1)
         types = None if frame.types is None else frame.types.to(source.device).gather(1, source)
+        frame.types_out = types
         out["attention_mask"] = self.parts.rebuild_mask(out, types, keys.long(), merged, frame.cache)
         if out.get("token_type_ids") is not None:
             out["token_type_ids"] = types
@@ -547,7 +601,7 @@ class VisualSession:
         numbers = (old.flatten().long().cumsum(0) - 1).reshape(old.shape)
         masks = torch.zeros_like(real)
         for b, one in enumerate(built):
-            masks[b, real.shape[1] - one.visual.shape[0] :] = one.visual
+            masks[b, real.shape[1] - one.owner.shape[0] :] = one.owner >= 0
         out["visual_pos_masks"] = masks
         out["deepstack_visual_embeds"] = [
             torch.cat([one.further(rows, numbers[b].to(rows.device)) for b, one in enumerate(built)])
@@ -647,13 +701,14 @@ class Item:
         slots = torch.tensor(self.layout.slots)
         return self.columns[(slots >= 0).to(self.columns.device)]
 
-    def fixed_columns(self, row_ends: bool) -> Tensor:
-        """Columns that stay whatever the method says: class token, end of the media, and row ends on request."""
-        slots = torch.tensor(self.layout.slots)
-        stay = (slots == MediaLayout.CLASS) | (slots == MediaLayout.END)
-        if row_ends:
-            stay |= slots == MediaLayout.NEWLINE
-        return self.columns[stay.to(self.columns.device)]
+    def fixed_columns(self, row_ends: bool, end: bool) -> Tensor:
+        """Columns that stay on request: the end of the media, and row ends."""
+        return self.slot_columns(*[MediaLayout.END] * end, *[MediaLayout.NEWLINE] * row_ends)
+
+    def slot_columns(self, *kinds: int) -> Tensor:
+        """Columns of the placeholders of these kinds."""
+        found = torch.tensor([slot in kinds for slot in self.layout.slots], dtype=torch.bool)
+        return self.columns[found.to(self.columns.device)]
 
 
 @dataclass
@@ -662,7 +717,8 @@ class Built:
 
     Attributes:
         keys: (L,) int64, the original column at whose place each token stands, ascending.
-        columns: (L,) int64, the original column whose position it takes. embeds: (L, D). visual: (L,) bool.
+        columns: (L,) int64, the original column whose position it takes. embeds: (L, D).
+        owner: (L,) int64, the item of each token, -1 for text.
         items: the items with the tokens that were taken of each, (m,) positions in the view (-1: of none).
         further: makes deepstack rows (those of the whole batch, numbered by `numbers`) of the visual tokens, in order.
     """
@@ -670,7 +726,7 @@ class Built:
     keys: Tensor
     columns: Tensor
     embeds: Tensor
-    visual: Tensor
+    owner: Tensor
     items: list[tuple[Item, Tensor]]
     further: Callable[[Tensor, Tensor], Tensor]
 
@@ -683,7 +739,7 @@ class Row:
         self.keys = [text]
         self.columns = [text]
         self.embeds = [embeds[text]]
-        self.visual = [torch.zeros_like(text, dtype=torch.bool)]
+        self.owner = [torch.full_like(text, -1)]
         self.items: list[tuple[Item, Tensor]] = []
         self.transfers: list[Callable[[Tensor, Tensor], Tensor]] = []
 
@@ -691,16 +747,19 @@ class Row:
         device = self.old.device
         cells = item.cell_columns.to(device)
         if answer is None:
-            self._plain(item.columns.to(device))
             self.items.append((item, torch.arange(cells.shape[0], device=device)))
+            self._plain(item.columns.to(device))
             return
+        taken = answer.indices[0] if isinstance(answer, Keep) else answer.sources
+        self.items.append((item, taken.to(device)))
+        # first, for new tokens stand where the media begins, and of two at one place the earlier comes first
+        self._plain(item.slot_columns(MediaLayout.CLASS).to(device))
         if isinstance(answer, Keep):
-            self._plain(cells[answer.indices[0].to(device)])
-            self.items.append((item, answer.indices[0].to(device)))
+            self._plain(cells[taken.to(device)])
         else:
             self._new(item, answer, cells)
-            self.items.append((item, answer.sources.to(device)))
-        self._plain(item.fixed_columns(row_ends).to(device))
+        end = answer.keep_end if isinstance(answer, Resample) else True
+        self._plain(item.fixed_columns(row_ends, end).to(device))
 
     def _plain(self, columns: Tensor) -> None:
         self._append(columns, columns, self.old[columns])
@@ -730,20 +789,20 @@ class Row:
         self.keys.append(keys)
         self.columns.append(columns)
         self.embeds.append(embeds)
-        self.visual.append(torch.ones_like(keys, dtype=torch.bool))
+        self.owner.append(torch.full_like(keys, len(self.items) - 1))
 
     def build(self) -> Built:
         keys, order = torch.cat(self.keys).sort(stable=True)
-        visual = torch.cat(self.visual)[order]
+        owner = torch.cat(self.owner)[order]
         text = self.keys[0].shape[0]
         transfers = list(self.transfers)
 
         def further(rows: Tensor, numbers: Tensor) -> Tensor:
             parts = [transfer(rows, numbers) for transfer in transfers]
             joined = torch.cat(parts) if parts else rows[:0]
-            return joined[order[visual].to(rows.device) - text]
+            return joined[order[owner >= 0].to(rows.device) - text]
 
-        return Built(keys, torch.cat(self.columns)[order], torch.cat(self.embeds)[order], visual, self.items, further)
+        return Built(keys, torch.cat(self.columns)[order], torch.cat(self.embeds)[order], owner, self.items, further)
 
 
 def _place(media: str, seen: Seen, layouts: list[MediaLayout], columns: Tensor) -> list[Item]:
@@ -835,6 +894,14 @@ def _outer_class(base: type) -> dict[str, Any]:
         "prepare_inputs_for_generation": prepare_inputs_for_generation,
         "_prepare_cache_for_generation": _prepare_cache_for_generation,
     }
+
+
+class Stop(Exception):
+    """Ends a pass that was run for its embeddings only."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        super().__init__("the pass ends before the language model")
+        self.encoded = encoded
 
 
 class BeforeInner:

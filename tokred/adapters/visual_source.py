@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokred.adapters.towers import QwenTower, Seen
 from tokred.core.errors import PreEncodedError, RequestError
+from tokred.core.scoring import FrameScorer
 from tokred.core.sites import MediaLayout, TowerInfo
 
 __all__ = ["GroupSource", "Request", "make_request"]
@@ -112,6 +113,11 @@ class GroupSource:
         )
         return features.unflatten(1, (self.layout.partitions, -1)), self.layout.grid, _same
 
+    def default_scorer(self) -> FrameScorer:
+        from tokred.adapters.scorers import default_scorer
+
+        return default_scorer()
+
     def newline(self) -> Tensor | None:
         return self.session.parts.newline()
 
@@ -198,7 +204,8 @@ class GroupSource:
         if self.session.processor is None:
             raise RequestError(
                 f"{type(self.session.method).__name__} looks at the frames; use tokred.patch(model, method, "
-                "processor=processor), which undoes the normalisation, or with patch.request(frames=...): ..."
+                "processor=processor), which undoes the normalisation, or with patch.request(frames=...): ..., or give "
+                "the scores themselves: patch.request(frame_scores=...), or scorer= a tensor of them"
             )
         return self.session.parts.pictures(self.seen, self.members[item].index, self._unscale)
 

@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from tokred.core.errors import InvalidParameterError, UnsupportedModelError
-from tokred.core.method import EncoderMethod, Method, resolve
-from tokred.core.sites import EncoderInfo
+from tokred.core.method import EncoderMethod, Method, VisualMethod, resolve
+from tokred.core.sites import EncoderInfo, MediaLayout, PromptInfo
 
-__all__ = ["Flops", "encoder_info", "encoder_macs", "flops"]
+__all__ = ["Flops", "encoder_info", "encoder_macs", "flops", "prompt_macs"]
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Multiply-adds of one image.
+    """Multiply-adds of one image, or of the prefill of one prompt.
 
     Attributes:
-        vision: encoder with embedding and head. llm: language model. scoring: what the methods add.
+        vision: encoder with embedding and head (and projector). llm: language model, without its head. scoring: what
+            the methods add.
         blocks: the part of `vision` that its blocks take (Zero-TPrune's paper counts blocks and scoring only).
         unreduced: vision and llm without any reduction.
         tokens: tokens per block that enter attention and MLP, prefix included, [(attention, mlp), ...].
+        prompt: tokens that enter the language model, and how many it would be without reduction.
     """
 
     vision: int
@@ -38,6 +40,7 @@ class Flops:
     blocks: int = 0
     unreduced: int = 0
     tokens: tuple[tuple[int, int], ...] = ()
+    prompt: tuple[int, int] | None = None
 
     @property
     def total(self) -> int:
@@ -65,7 +68,9 @@ def flops(model_or_config: object, inputs_or_sizes: object = None, method: objec
         model_or_config: a model (patched or not, also on the meta device), a transformers config, or the name of a
             timm architecture. No weights are needed.
         inputs_or_sizes: what the model is run on: a batch (B, 3, H, W), an image size (H, W) or side H; None is the
-            model's own size.
+            model's own size. For a multimodal model also a dict of sizes, ``{"image_size": (H, W) or a list of them,
+            "video": (frames, H, W), "text_tokens": 60}`` (each may be left out; 60 is the default), or what its
+            processor returned for one prompt.
         method: count as if reduced by this (anything that `tokred.patch` takes). None counts the model as it is: with
             the methods of its patch, if it is patched.
 
@@ -77,7 +82,47 @@ def flops(model_or_config: object, inputs_or_sizes: object = None, method: objec
     if method is None:
         record = next((m.__dict__["_tokred"] for m in model.modules() if "_tokred" in m.__dict__), None)
         methods = record.methods if record is not None else ()
+    from tokred.adapters.registry import find_host
+
+    host = find_host(model)
+    if hasattr(host, "describe_prompt"):
+        return prompt_macs(host.describe_prompt(inputs_or_sizes), host.sites, *methods)
     return encoder_macs(encoder_info(model, inputs_or_sizes), *methods)
+
+
+def prompt_macs(info: PromptInfo, sites: Sequence[str], *methods: Method) -> Flops:
+    """Multiply-adds of the prefill of one prompt of a multimodal model under `methods`."""
+    visual = [m for m in methods if isinstance(m, VisualMethod) and "VisualFeatures" in m.acts_at(sites)]
+    inside = [m for m in methods if m not in visual]
+    tiles = sum(layout.partitions for layout in info.layouts)
+    cells = sum(layout.total_cells for layout in info.layouts)
+    slots = sum(len(layout.slots) for layout in info.layouts)
+    projector, scoring, blocks = cells * info.projector_macs, 0, 0
+    vision = plain = tiles * info.tower_macs + projector
+    if inside and info.encoder is not None:
+        tile = encoder_macs(info.encoder, *inside)
+        vision, scoring, blocks = tiles * tile.vision + projector, tiles * tile.scoring, tiles * tile.blocks
+    kept = slots
+    for method in visual:
+        method.needs(info.tower)  # refuses a tower that cannot give what it needs
+        kept = sum(_leaving(method, layout) for layout in info.layouts)
+        scoring += sum(method.scoring_macs(info.tower, layout, info.decoder.dim) for layout in info.layouts)
+    return Flops(
+        vision=vision,
+        llm=info.decoder.macs(info.text + kept),
+        scoring=scoring,
+        blocks=blocks,
+        unreduced=plain + info.decoder.macs(info.text + slots),
+        prompt=(info.text + kept, info.text + slots),
+    )
+
+
+def _leaving(method: VisualMethod, layout: MediaLayout) -> int:
+    """Tokens of one image or video that enter the language model, row ends and class tokens included."""
+    if method.bypasses(layout):
+        return len(layout.slots)
+    stay = {MediaLayout.CLASS, MediaLayout.END} | ({MediaLayout.NEWLINE} if method.keep_newline else set())
+    return method.kept(layout) + sum(slot in stay for slot in layout.slots)
 
 
 def encoder_info(model: nn.Module, inputs_or_sizes: object = None) -> EncoderInfo:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.core.encoded import Encoded
 from tokred.core.errors import (
     AlreadyPatchedError,
     CompiledModelError,
@@ -101,6 +102,14 @@ class Patch:
         if not hasattr(self._attachment, "request"):
             raise MissingSiteError(f"{self!r} has no method that reads a request")
         return self._attachment.request(**given)
+
+    def encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        """Run a multimodal model up to its language model, see `tokred.vlm.encode`."""
+        if self._attachment is None:
+            raise RuntimeError("this patch was removed; call tokred.patch again")
+        if not hasattr(self._attachment, "encode_inputs"):
+            raise MissingSiteError(f"{self!r} has no method that acts before a language model")
+        return self._attachment.encode_inputs(inputs)
 
     def unmerge(self, tokens: Tensor, fill: str = "nearest") -> Tensor:
         """Scatter reduced tokens back to the grid: `Trace.restore` of the last pass."""

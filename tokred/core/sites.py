@@ -16,16 +16,19 @@ from torch import Tensor
 
 from tokred import ops
 from tokred.core.errors import NoClassTokenError
+from tokred.core.scoring import FrameScorer
 from tokred.core.tokens import TokenTable
 
 __all__ = [
     "SITES",
     "AttentionTap",
+    "DecoderInfo",
     "EncoderBlock",
     "EncoderInfo",
     "MediaLayout",
     "Needs",
     "Placement",
+    "PromptInfo",
     "TowerInfo",
     "VisualFeatures",
     "VisualSource",
@@ -265,7 +268,7 @@ class TowerInfo:
     """The vision tower of a multimodal model, as far as the `VisualFeatures` site tells of it.
 
     Attributes:
-        depth, heads: of its layers.
+        depth, heads, dim: of its layers.
         has_class: whether it has a class token.
         feature_layer: 0-based, the last layer that contributes to the features the language model reads.
         has_probe: whether it ends in an attention pool whose probe can be asked (SigLIP's head).
@@ -278,6 +281,7 @@ class TowerInfo:
     feature_layer: int
     has_probe: bool = False
     projects: bool = False
+    dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -300,6 +304,40 @@ class Needs:
     pixels: bool = False
 
 
+@dataclass(frozen=True)
+class DecoderInfo:
+    """A language model in numbers: layers, width of all query heads, and multiply-adds of a layer's weights a token."""
+
+    depth: int
+    dim: int
+    width: int
+    layer_macs: int
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of a prefill of `tokens`: ``L [T (4 d^2 + 3 d m) + 2 T^2 d]`` for a Llama (HiRED, section 8
+        of our notes); the head is not counted."""
+        return self.depth * (tokens * self.layer_macs + 2 * tokens * tokens * self.width)
+
+
+@dataclass(frozen=True)
+class PromptInfo:
+    """A call of a multimodal model in numbers, for `tokred.flops`.
+
+    Attributes:
+        layouts: of each image and video. text: tokens of the prompt that are not visual.
+        tower: in numbers. tower_macs: of one tile, without methods inside the tower. encoder: the tower as an
+            `EncoderInfo` where methods can act inside it. projector_macs: of one token. decoder: the language model.
+    """
+
+    layouts: tuple[MediaLayout, ...]
+    text: int
+    tower: TowerInfo
+    tower_macs: int
+    projector_macs: int
+    decoder: DecoderInfo
+    encoder: EncoderInfo | None = None
+
+
 class VisualSource(Protocol):
     """What a host hands out for one group of images or videos of equal layout (G of them)."""
 
@@ -316,6 +354,7 @@ class VisualSource(Protocol):
     def frames(self, item: int) -> Tensor: ...
     def frame_scores(self, item: int) -> Tensor | None: ...
     def newline(self) -> Tensor | None: ...
+    def default_scorer(self) -> FrameScorer: ...
 
 
 @dataclass
@@ -328,6 +367,7 @@ class VisualFeatures:
         cells: (n,) int64, the cell of each token (`MediaLayout.cells`).
         source: asks the host for scores and more; the method must have declared them in `needs`.
         mrope: whether positions are those of cells in space and time (Qwen), not of tokens in a line.
+        separated: whether text stands between the partitions (Qwen3-VL's timestamps).
     """
 
     layout: MediaLayout
@@ -336,6 +376,7 @@ class VisualFeatures:
     cells: Tensor
     source: VisualSource
     mrope: bool = False
+    separated: bool = False
 
     @property
     def count(self) -> int:
@@ -404,6 +445,10 @@ class VisualFeatures:
     def frame_scores(self, item: int) -> Tensor | None:
         """(T,) scores that the caller gave by `Patch.request`, or None."""
         return self.source.frame_scores(item)
+
+    def default_scorer(self) -> FrameScorer:
+        """The frame scorer that is used where none was given; the error of one out of reach names ``scorer=``."""
+        return self.source.default_scorer()
 
     @property
     def newline(self) -> Tensor | None:

@@ -65,11 +65,13 @@ class Resample:
         features: (m, D), what the language model reads.
         transfer: makes the like of `features` from the tokens of another tensor (n, C) -> (m, C), for hosts that feed
             further tensors along (deepstack); None gathers by `sources`.
+        keep_end: whether the token that ends the media (LLaVA-OneVision's newline behind a video) stays.
     """
 
     sources: Tensor
     features: Tensor
     transfer: Callable[[Tensor], Tensor] | None = None
+    keep_end: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokred import ops
 from tokred.core.budget import (
     budget_tokens,
     check_budget,
@@ -20,24 +21,26 @@ from tokred.core.budget import (
     resolve_layers,
 )
 from tokred.core.errors import InvalidParameterError, LayerError
-from tokred.core.method import EncoderMethod, keep_top
-from tokred.core.sites import EncoderBlock, EncoderInfo, Placement
+from tokred.core.method import EncoderMethod, VisualMethod, keep_top
+from tokred.core.sites import EncoderBlock, EncoderInfo, MediaLayout, Placement, VisualFeatures
 from tokred.core.tokens import Keep
 
 __all__ = ["RandomTokens"]
 
 
 @dataclass(frozen=True, repr=False)
-class RandomTokens(EncoderMethod):
+class RandomTokens(EncoderMethod, VisualMethod):
     """Keep a random subset, the same positions for every image of a size (so a batch equals its images one by one).
 
     Attributes:
         keep_rate: share of the present tokens kept at each of the layers (rounded up).
-        budget: instead, keep this share or number of the tokens, once, at the first of the layers.
+        budget: instead, keep this share or number of the tokens, once: on a multimodal model of the visual tokens of
+            each image or video before the language model, else at the first of the layers.
         counts: instead, {block: tokens to keep}: the twin of another method at the same cost.
         layers: 0-based blocks; None is (3, 6, 9), as far as the model has them.
         where: "attn" drops between attention and MLP, "block" after the block.
         seed: of the choice.
+        positions, keep_newline: before a language model, see `VisualMethod`.
     """
 
     keep_rate: float | None = None
@@ -46,10 +49,14 @@ class RandomTokens(EncoderMethod):
     layers: Sequence[int] | None = None
     where: Literal["attn", "block"] = "attn"
     seed: int = 0
+    positions: Literal["compact", "original"] | None = None
+    keep_newline: bool = False
 
     name: ClassVar[str] = "random_tokens"
     title: ClassVar[str] = "Random"
     paper: ClassVar[str] = "control"
+    sites: ClassVar[tuple[str, ...]] = ("EncoderBlock", "VisualFeatures")
+    any_site: ClassVar[bool] = True
     ragged: ClassVar[bool] = True
     default_layers: ClassVar[tuple[int, ...]] = (3, 6, 9)
 
@@ -70,10 +77,16 @@ class RandomTokens(EncoderMethod):
             object.__setattr__(self, "layers", check_layers("layers", self.layers))
         check_choice("where", self.where, ("attn", "block"))
         check_count("seed", self.seed)
+        check_choice("positions", self.positions, (None, "compact", "original"))
 
     def __hash__(self) -> int:
         counts = None if self.counts is None else tuple(sorted(self.counts.items()))
-        return hash((self.keep_rate, self.budget, counts, self.layers, self.where, self.seed))
+        own = (self.keep_rate, self.budget, counts, self.layers, self.where, self.seed)
+        return hash((*own, self.positions, self.keep_newline))
+
+    def acts_at(self, offered: Sequence[str]) -> tuple[str, ...]:
+        visual = self.budget is not None and "VisualFeatures" in offered
+        return ("VisualFeatures",) if visual else ("EncoderBlock",)
 
     @property
     def placement(self) -> Placement:
@@ -105,6 +118,15 @@ class RandomTokens(EncoderMethod):
         origins = view.table.origins  # noise belongs to places in the image, so that padding does not move it
         scores = noise.expand(view.tokens.shape[0], -1) if origins is None else noise[origins]
         return keep_top(view, scores, lambda n: self.count(n, rule))
+
+    def kept(self, layout: MediaLayout) -> int:
+        assert self.budget is not None
+        return budget_tokens(self.budget, len(layout.cells))
+
+    def select(self, view: VisualFeatures) -> Keep:
+        noise = _hash_noise(view.layout.total_cells, self.seed * 1009, view.cells.device)
+        kept = ops.top_indices(noise[view.cells][None], self.kept(view.layout))
+        return Keep(kept.expand(view.items, -1))
 
 
 def _hash_noise(count: int, seed: int, device: torch.device) -> Tensor:
