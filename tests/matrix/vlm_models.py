@@ -94,6 +94,7 @@ class Tiny:
     tolerance: ClassVar[float] = 1e-5
     has_class: ClassVar[bool] = False
     kernels: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
+    static_cache: ClassVar[bool] = True
 
     def config(self) -> Any:
         raise NotImplementedError
@@ -592,6 +593,7 @@ class PaliGemma(Tiny):
 class PaliGemma2(PaliGemma):
     name = "paligemma2"
     kernels = ("eager",)  # Gemma 2 softcaps its attention logits
+    static_cache = False  # the library passes a dict of masks to a function that wants a tensor
     text: ClassVar[dict[str, Any]] = {
         "model_type": "gemma2",
         "head_dim": 8,

@@ -287,6 +287,12 @@ class Reference:
         )
         return output.last_hidden_state
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V)."""
+        logits = self.model.lm_head(hidden)  # type: ignore[operator]
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     @torch.no_grad()
     def generate(self, steps: int, tokens: list[int] | None = None) -> tuple[list[int], Tensor]:
         """Greedy tokens, or those given, and (steps, V) logits."""
@@ -294,7 +300,7 @@ class Reference:
         step = self.full_positions[..., -1:] if self._original() else positions[..., -1:]
         chosen, logits = [], []
         for place in range(steps):
-            scores = self.model.lm_head(self.hidden(embeds, positions)[0, -1])  # type: ignore[operator]
+            scores = self.head(self.hidden(embeds, positions)[0, -1])
             logits.append(scores)
             allowed = scores.clone()
             allowed[SUPPRESS] = float("-inf")

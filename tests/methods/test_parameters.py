@@ -34,6 +34,7 @@ DEFAULTS = {
     },
     tokred.RandomTokens: {
         "keep_rate": 0.7, "budget": None, "counts": None, "layers": None, "where": "attn", "seed": 0,
+        "positions": None, "keep_newline": False,
     },
 }  # fmt: skip
 
@@ -208,6 +209,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (tokred.RandomTokens, {"layers": [1, 0]}, "ascend"),
     (tokred.RandomTokens, {"where": "post"}, "'attn', 'block'"),
     (tokred.RandomTokens, {"seed": True}, "integer >= 0"),
+    (tokred.RandomTokens, {"positions": "old"}, "'compact', 'original'"),
 ]
 
 
@@ -235,7 +237,7 @@ def test_values_outside_the_range_are_refused_by_name(method: Any, options: dict
 
 
 def test_every_field_has_a_refused_value() -> None:
-    flags = {"prop_attn", "weighted_pool", "fuse", "eir", "renorm"}
+    flags = {"prop_attn", "weighted_pool", "fuse", "eir", "renorm", "keep_newline"}
     for method in METHODS:
         tried = {next(iter(options)) for m, options, _ in REFUSED if m is method}
         assert {f.name for f in dataclasses.fields(method)} - flags == tried

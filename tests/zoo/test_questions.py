@@ -161,5 +161,5 @@ def test_plain_scenes_have_no_digit() -> None:
     lambda: DigitClips("val").clip(-1),
 ])  # fmt: skip
 def test_bad_arguments(call) -> None:
-    with pytest.raises(ValueError, match="must be|need"):
+    with pytest.raises(ValueError, match=r"must be|need"):
         call()

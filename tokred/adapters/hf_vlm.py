@@ -172,7 +172,7 @@ class Frame:
 
     Attributes:
         ids: (B, S) or None. columns: {media: (B, S) bool}, where its placeholders are; None while there are no media.
-        mask: (B, keys) of this pass, None for all real. types: (B, S) token types. cache: given. past: its keys.
+        mask: (B, keys) of this pass, None for all real. types: (B, S or keys) token types. cache: given. past: its keys.
         back: (B, S) int64, the reduced column for each original one; None while nothing was reduced.
         state: what the cache will carry. types_out: (B, L) token types of the reduced sequence.
     """
@@ -340,8 +340,11 @@ class VisualSession:
         """A pass on a cache that holds a reduced prompt: masks and positions of the columns that are there."""
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         mask = given.get("attention_mask")
+        physical = _length(frame.cache) + tokens.shape[1]
+        frame.types = state.translate_types(frame.types, physical + state.removed)
+        if frame.types is not None:
+            given["token_type_ids"] = frame.types
         if (mask is None and not state.whole) or (isinstance(mask, Tensor) and mask.dim() == 2):
-            physical = _length(frame.cache) + tokens.shape[1]
             if mask is None or mask.shape[1] == physical + state.removed:
                 given["attention_mask"] = state.translate(mask, physical + state.removed)
             elif mask.shape[1] != physical:
@@ -579,7 +582,11 @@ class VisualSession:
             mask = real.new_ones(batch, frame.past + frame.back.shape[1])  # type: ignore[union-attr]
         before = mask[:, : frame.past].bool().to(real.device)
         keys = torch.cat([before, real], dim=1)
-        types = None if frame.types is None else frame.types.to(source.device).gather(1, source)
+        types = None
+        if frame.types is not None:
+            given_types = frame.types.to(source.device)
+            new = frame.back.shape[1]  # type: ignore[union-attr]
+            types = torch.cat([given_types[:, :-new], given_types[:, -new:].gather(1, source)], dim=1)
         frame.types_out = types
         out["attention_mask"] = self.parts.rebuild_mask(out, types, keys.long(), merged, frame.cache)
         if out.get("token_type_ids") is not None:
@@ -591,7 +598,8 @@ class VisualSession:
             earlier = 0 if held is None or held.shift is None else held.shift.to(real.device)
             given = mask[:, frame.past :].bool().to(real.device).sum(1, keepdim=True)
             shift = given - real.sum(1, keepdim=True) + earlier
-        frame.state = Reduced(mask=keys, full=full, shift=shift, whole=bool(keys.all()))
+        held_types = types if types is not None and types.shape == keys.shape else None
+        frame.state = Reduced(mask=keys, full=full, shift=shift, whole=bool(keys.all()), types=held_types)
 
     def _fit_deepstack(self, given: dict[str, Any], out: dict[str, Any], built: list[Built], real: Tensor) -> None:
         """Further features for the visual tokens (Qwen3-VL adds some behind its first layers)."""
@@ -766,17 +774,13 @@ class Row:
         self.transfers.append(lambda rows, numbers: rows[numbers[columns]])
 
     def _new(self, item: Item, answer: Resample, cells: Tensor) -> None:
-        """New tokens: they stand, in the order given, at the start of the run of placeholders of their source."""
+        """New tokens stand, in the order given, at the place of their source, or as far on as the one before them."""
         sources = answer.sources.to(cells.device)
         columns = cells[sources.clamp_min(0)]
-        every = item.columns.to(cells.device)
-        starts = torch.ones_like(every, dtype=torch.bool)
-        starts[1:] = every[1:] != every[:-1] + 1
-        first = every[starts]
-        place = torch.searchsorted(first, columns, right=True) - 1
-        # a token of no source stands with the one before it (a newline), the first with the first run (a class token)
-        place = torch.where(sources >= 0, place, 0).cummax(0).values if place.numel() else place
-        self._append(first[place], columns, answer.features.to(self.old))
+        # a token of no source stands with the one before it (a newline), at first with the first cell (a class token)
+        place = torch.where(sources >= 0, columns, item.columns[0].to(cells.device))
+        place = place.cummax(0).values if place.numel() else place
+        self._append(place, columns, answer.features.to(self.old))
         transfer = answer.transfer
 
         def further(rows: Tensor, numbers: Tensor) -> Tensor:

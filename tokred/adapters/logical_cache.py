@@ -28,7 +28,7 @@ class Reduced:
         mask: (B, L) bool, which of the L physical columns are real.
         full: how many logical columns they stand for; columns behind are one to one.
         shift: (B, 1) int64, what compact positions lie below the logical ones; None where positions are original.
-        whole: whether `mask` is all True.
+        whole: whether `mask` is all True. types: (B, L) token types of the columns, where the family has them.
         armed: whether a patched model is at work on the cache: others would build wrong masks for it.
     """
 
@@ -36,6 +36,7 @@ class Reduced:
     full: int
     shift: Tensor | None
     whole: bool
+    types: Tensor | None = None
     armed: bool = False
 
     @property
@@ -51,10 +52,18 @@ class Reduced:
             mask = self.mask.new_ones(self.mask.shape[0], total, dtype=torch.long)
         return torch.cat([self.mask.to(mask.dtype), mask[:, self.full :]], dim=1)
 
+    def translate_types(self, types: Tensor | None, total: int) -> Tensor | None:
+        """Token types of physical columns, for those of `total` logical ones; others (of new columns) stay."""
+        if types is None or self.types is None or types.shape[1] != total:
+            return types
+        return torch.cat([self.types.to(types), types[:, self.full :]], dim=1)
+
     def select(self, rows: Tensor) -> Reduced:
         """The state after the batch was reordered, repeated or cut."""
         rows = rows.to(self.mask.device)
-        return replace(self, mask=self.mask[rows], shift=None if self.shift is None else self.shift[rows])
+        shift = None if self.shift is None else self.shift[rows]
+        types = None if self.types is None else self.types[rows]
+        return replace(self, mask=self.mask[rows], shift=shift, types=types)
 
 
 def reduced_state(cache: Any) -> Reduced | None:

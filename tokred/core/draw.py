@@ -12,7 +12,7 @@ from tokred.core.errors import InvalidParameterError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["draw_step", "to_array"]
+__all__ = ["draw_step", "fade", "spread", "to_array"]
 
 _FADE = 0.16  # share of a dropped patch's colour that stays, so that its place can still be read
 _GROUND = (0.72, 0.80, 0.93)  # what it fades to: a tint, so that white parts of a picture do not look dropped
@@ -45,20 +45,29 @@ def draw_step(image: object, group: Tensor, grid: tuple[int, int]) -> Image:
     pixels = to_array(image).copy()
     height, width = pixels.shape[:2]
     cells = group.detach().cpu().reshape(grid).numpy()
-    row_of = np.minimum(np.arange(height) * grid[0] // height, grid[0] - 1)
-    column_of = np.minimum(np.arange(width) * grid[1] // width, grid[1] - 1)
-    label = cells[row_of][:, column_of]  # (H, W)
+    label = spread(cells, height, width)
     merged = np.bincount(cells[cells >= 0].ravel(), minlength=1) > 1
     for slot in np.flatnonzero(merged):
         member = label == slot
         pixels[member] = pixels[member].mean(axis=0)
-    dropped = label < 0
-    pixels[dropped] = pixels[dropped] * _FADE + (1 - _FADE) * np.array(_GROUND)
+    fade(pixels, label < 0)
     if merged.any():
         edge = _borders(label, merged)
         bright = pixels[edge].mean(axis=-1, keepdims=True) > 0.25
         pixels[edge] = np.where(bright, pixels[edge] * 0.55, pixels[edge] * 0.7 + 0.3)
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def spread(cells: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(rows, columns) values of cells -> (height, width) values of the pixels that they cover."""
+    rows, columns = cells.shape
+    return cells[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
+
+
+def fade(pixels: np.ndarray, dropped: np.ndarray) -> np.ndarray:
+    """Fade, in place, the `dropped` (H, W) pixels of (H, W, 3) to the background; return them all."""
+    pixels[dropped] = pixels[dropped] * _FADE + (1 - _FADE) * np.array(_GROUND)
+    return pixels
 
 
 def _borders(label: np.ndarray, merged: np.ndarray) -> np.ndarray:

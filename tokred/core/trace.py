@@ -197,23 +197,50 @@ class Trace:
             "media": [step.to_dict() for step in self.media],
         }
 
-    def draw(self, image: object, step: int = -1, sample: int = 0) -> Image:
-        """Draw what was kept of an image: dropped patches fade out, merged patches share their mean colour.
+    def draw(self, image: object, step: int = -1, sample: int = 0, item: int = 0) -> Image:
+        """Draw what was kept of an image or video: dropped patches fade out, merged ones share their mean colour.
+
+        Images and videos that were reduced before a language model are the last step. Of an image of one tile all
+        patches are drawn in place; of one cut into tiles the overview and the mosaic, each tile with its number of
+        tokens; of a video every frame with its number of tokens and a bar, at the resolution of its tokens where the
+        method resized it.
 
         Args:
-            image: PIL image, or an array or tensor (3, H, W) or (H, W, 3), uint8 or float in [0, 1].
-            step: which reduction; -1 is the last. sample: which image of the batch.
+            image: PIL image, or an array or tensor (3, H, W) or (H, W, 3), uint8 or float in [0, 1], as the encoder saw
+                it (a crop, where the processor crops); one cut into tiles whole, at any size. Of a video its frames: a
+                list of pictures, (T, H, W, 3) or (T, 3, H, W).
+            step: which reduction; -1 is the last. sample: which image of the batch, or which row of prompts.
+            item: which image or video of that row.
 
         Returns:
-            A PIL image of the same size.
+            A PIL image, of the size of `image` where there are no tiles and frames.
         """
-        from tokred.core.draw import draw_step
-
         if not len(self):
             raise InvalidParameterError("nothing to draw: no forward pass removed a token yet")
+        stages = len(self.steps) + bool(self.media)
+        if not -stages <= step < stages:
+            raise InvalidParameterError(f"step={step}: there are {stages} to draw, 0 to {stages - 1}")
+        if self.media and step % stages == len(self.steps):
+            from tokred.core.draw_media import draw_media
+
+            return draw_media(image, self._media_of(sample, item))
+        from tokred.core.draw import draw_step
+
         if self.grid is None:
             raise InvalidParameterError("nothing to draw: the tokens of this model form no grid")
-        return draw_step(image, self.steps[step].group[sample], self.grid)
+        group = self.steps[step % stages].group
+        if not -len(group) <= sample < len(group):
+            raise InvalidParameterError(f"sample={sample}: the batch has {len(group)} images")
+        return draw_step(image, group[sample], self.grid)
+
+    def _media_of(self, sample: int, item: int) -> MediaStep:
+        own = [step for step in self.media if step.sample == sample]
+        if not own:
+            rows = sorted({step.sample for step in self.media})
+            raise InvalidParameterError(f"sample={sample}: rows with an image or video are {rows}")
+        if not 0 <= item < len(own):
+            raise InvalidParameterError(f"item={item}: row {sample} has {len(own)}, numbered from 0")
+        return own[item]
 
 
 def _steps(table: TokenTable) -> Sequence[TraceStep]:

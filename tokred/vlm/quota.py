@@ -130,16 +130,11 @@ class QuoTA(VisualMethod):
             scorer = self.scorer if self.scorer is not None else view.default_scorer()
             asked = Decoupled(query) if self.decoupler is None else self.decoupler(query)
             scores = score_frames(scorer, list(frames), asked.query, asked.objects)
-        return self._join(validate_scores(scores, len(scores)), view.layout.partitions)
-
-    def _join(self, scores: Tensor, partitions: int) -> Tensor:
-        """(frames,) -> (T,): a model may join neighbouring frames into one."""
-        if len(scores) == partitions:
-            return scores
-        step = math.ceil(len(scores) / partitions)
-        if len(scores) < partitions or math.ceil(len(scores) / step) != partitions:
-            raise ScorerError(f"there are {len(scores)} frame scores for a video of {partitions} frames")
-        groups = scores.split(step)
+        frames = view.layout.partitions
+        step = math.ceil(len(scores) / frames) if view.mrope else 1  # Qwen joins neighbouring frames into one
+        if not 0 < math.ceil(len(scores) / max(step, 1)) == frames:
+            raise ScorerError(f"there are {len(scores)} frame scores for a video of {frames} frames; give one for each")
+        groups = validate_scores(scores, len(scores)).split(step)
         return torch.stack([group.max() if self.reduce == "max" else group.mean() for group in groups])
 
     def frame_tokens(self, scores: Tensor, view: VisualFeatures, grid: tuple[int, int]) -> Tensor:
