@@ -114,8 +114,8 @@ def test_budgets_of_tiles(content: list[float], pool: int, cap: int, minimum: in
     assert sum(both["largest"]) == pool
     wide = torch.tensor(content).double()
     if minimum == 0 and not official and wide.sum() > 0:
-        shares = (wide / wide.sum()).tolist()
-        assert both["drop"] == [min(int(pool * s), c) for s, c in zip(shares, caps, strict=True)]
+        quotas = (pool * wide / wide.sum()).tolist()
+        assert both["drop"] == [min(int(q), c) for q, c in zip(quotas, caps, strict=True)]
 
 
 def test_largest_remainders_by_hand() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokred import ops
 from tokred.core.errors import LayerError, NoClassTokenError, UnsupportedModelError
 from tokred.core.sites import Needs, TowerInfo
+from tokred.core.tokens import TokenTable
 
 __all__ = ["PlainTower", "QwenTower", "Seen", "Tower"]
 
@@ -120,6 +121,7 @@ class PlainTower(Tower):
             feature_layer=depth - 1 if feature_layer is None else feature_layer,
             has_probe=self.head is not None,
             projects=projects,
+            dim=_width(attention),
         )
 
     def _attention(self, layer: int) -> Any:
@@ -151,15 +153,23 @@ class PlainTower(Tower):
         attention = self._attention(layer)
         q, k = (parts[name].detach().unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("q", "k"))
         scale = float(_first(attention, "scale", "scaling"))
-        mask = parts.get("mask")
+        mask, table = parts.get("mask"), self._table(layer)
         if "rows" in kinds:
-            row_mask = mask[:, :, :1] if mask is not None and mask.dim() == 4 and mask.shape[2] > 1 else mask
-            rows = ops.attention_rows(q[:, :, :1], k, scale, mask=row_mask)
-            seen.add("rows", layer, rows[:, :, 0, self.prefix :])
+            rows = ops.attention_rows(q[:, :, :1], k, scale, mask=None if mask is None else mask[:, :, :1])
+            seen.add("rows", layer, _scatter(rows[:, :, 0, self.prefix :], table))
         if "mass" in kinds:
-            seen.add("mass", layer, ops.attention_mass(q, k, scale, mask=mask)[:, :, self.prefix :])
+            mass = ops.attention_mass(q, k, scale, mask=mask, query_weights=_real_tokens(mask, q.shape[0]))
+            seen.add("mass", layer, _scatter(mass[:, :, self.prefix :], table))
         if "keys" in kinds:
-            seen.add("keys", layer, k[:, :, self.prefix :])
+            keys = k[:, :, self.prefix :].transpose(2, 3)  # (tiles, H, d, N)
+            seen.add("keys", layer, _scatter(keys, table).transpose(2, 3))
+
+    def _table(self, layer: int) -> TokenTable | None:
+        """What became of the tower's tokens before this layer, where a method acts inside the tower."""
+        seats = (vars(module).get("_tokred_seat") for module in self.module.modules())
+        session = next((seat.session for seat in seats if seat is not None), None)
+        state = None if session is None else session.call.running.get(layer)
+        return None if state is None else state.entry[layer]
 
     def score_probe(self, seen: Seen, x: Tensor) -> None:
         """Attention of the pooling head's probe to the tokens x (tiles, N, C) that enter the head."""
@@ -188,7 +198,9 @@ class QwenTower(Tower):
         self.unit = int(module.spatial_merge_size) ** 2  # type: ignore[arg-type]
         self.names = tuple(inspect.signature(type(attention).forward).parameters)[1:]
         depth = len(self.blocks)
-        self.info = TowerInfo(depth=depth, heads=self.heads, has_class=False, feature_layer=depth - 1)
+        self.info = TowerInfo(
+            depth=depth, heads=self.heads, has_class=False, feature_layer=depth - 1, dim=attention.proj.in_features
+        )
 
     def hook_layer(self, layer: int, kinds: frozenset[str], current: Callable[[], Seen | None]) -> list[Any]:
         attention: Any = self.blocks[layer].attn
@@ -314,5 +326,29 @@ class Probe:
                 self.tower.score_probe(seen, args[0])
 
 
+def _scatter(values: Tensor, table: TokenTable | None) -> Tensor:
+    """Values (tiles, H, ..., n) of present tokens -> (tiles, H, ..., N) of all cells: a merged token gives its value to
+    every cell that it stands for, a dropped cell has 0."""
+    group = None if table is None else table.group
+    if group is None:
+        return values
+    flat = ops.unmerge_tokens(values.flatten(1, -2).transpose(1, 2), group)  # (tiles, N, H ...)
+    return flat.transpose(1, 2).unflatten(1, values.shape[1:-1])
+
+
+def _real_tokens(mask: Tensor | None, tiles: int) -> Tensor | None:
+    """(tiles, N) float: 0 for padding, which asks for nothing; None where every token is real."""
+    if mask is None:
+        return None
+    keys = mask[:, 0, 0].expand(tiles, -1)
+    real = keys if keys.dtype == torch.bool else keys > torch.finfo(keys.dtype).min / 2
+    return real.float()
+
+
 def _first(module: nn.Module, *names: str) -> Any:
     return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+def _width(attention: nn.Module) -> int:
+    """Channels of all heads together."""
+    return int(attention.q_proj.out_features)  # type: ignore[union-attr,arg-type]

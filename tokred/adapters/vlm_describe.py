@@ -39,7 +39,9 @@ def describe_prompt(host: Any, given: object) -> PromptInfo:
 
 
 def _from_sizes(parts: Any, given: object) -> tuple[list[MediaLayout], int]:
-    sizes = dict(given) if isinstance(given, Mapping) else {} if given is None else {"image_size": given}
+    sizes: dict[str, Any] = {} if given is None else {"image_size": given}
+    if isinstance(given, Mapping):
+        sizes = dict(given)
     unknown = [key for key in sizes if key not in _KEYS]
     if unknown:
         raise InvalidParameterError(f"sizes have the key {unknown[0]!r}; expected {', '.join(_KEYS)}, or input_ids")

@@ -54,7 +54,7 @@ def regions_of_cells(
 
 
 def content_scores(overview: Tensor, regions: Tensor, tiles: int, marks: int | None = None) -> Tensor:
-    """(G, tiles) visual content score of each tile (equation 1).
+    """(G, tiles) float64 visual content score of each tile (equation 1).
 
     Args:
         overview: (G, N) attention to the cells of the overview at the first layer, summed over heads.
@@ -66,8 +66,8 @@ def content_scores(overview: Tensor, regions: Tensor, tiles: int, marks: int | N
         top = ops.top_indices(overview, min(marks, overview.shape[1]))
         overview = torch.zeros_like(overview).scatter(1, top, 1.0)
     overview = overview.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    regions = regions.to(overview.device).expand_as(overview)
-    return overview.new_zeros(overview.shape[0], tiles).scatter_add(1, regions, overview)
+    inside = regions.to(overview.device) == torch.arange(tiles, device=overview.device)[:, None]  # (tiles, N)
+    return (overview.double()[:, None] * inside).sum(dim=2)  # no scatter_add: its order on a GPU is not always the same
 
 
 def tile_budgets(
@@ -85,18 +85,21 @@ def tile_budgets(
         remainder: "drop": what rounding down and full tiles leave over is lost (paper and released code); "largest":
             it goes on, in proportion, to tiles that are not full, the last ones by largest remainder.
         minimum: tokens that every tile gets before the rest of the pool is shared.
-        official: in float32, as released, not float64. Where there is no content at all, tiles share evenly.
+        official: ``(content / sum) pool`` in float32, as released, not ``(pool content) / sum`` in float64.
+
+    Where there is no content at all, tiles share evenly (the released code divides by zero).
     """
-    wide = torch.float32 if official else torch.float64
-    content = content.to(wide)
+    content = content.to(torch.float32 if official else torch.float64)
+    content = torch.where(content.sum(dim=1, keepdim=True) > 0, content, 1.0)
     sums = content.sum(dim=1, keepdim=True)
-    shares = torch.where(sums > 0, content / sums, 1 / content.shape[1])
     caps = torch.tensor(list(capacity), device=content.device)
     minimum = min(minimum, pool // len(capacity))
     base = caps.clamp_max(minimum)
     if remainder == "largest":
-        return base + _fill(shares, pool - int(base.sum()), caps - base)
-    return torch.minimum(base + (shares * (pool - minimum * len(capacity))).long(), caps)
+        return base + _fill(content / sums, pool - int(base.sum()), caps - base)
+    rest = pool - minimum * len(capacity)
+    quota = content / sums * rest if official else content * rest / sums
+    return torch.minimum(base + quota.long(), caps)
 
 
 def _fill(shares: Tensor, pool: int, caps: Tensor) -> Tensor:

@@ -130,10 +130,10 @@ class QuoTA(VisualMethod):
             scorer = self.scorer if self.scorer is not None else view.default_scorer()
             asked = Decoupled(query) if self.decoupler is None else self.decoupler(query)
             scores = score_frames(scorer, list(frames), asked.query, asked.objects)
-        frames = view.layout.partitions
-        step = math.ceil(len(scores) / frames) if view.mrope else 1  # Qwen joins neighbouring frames into one
-        if not 0 < math.ceil(len(scores) / max(step, 1)) == frames:
-            raise ScorerError(f"there are {len(scores)} frame scores for a video of {frames} frames; give one for each")
+        count = view.layout.partitions
+        step = math.ceil(len(scores) / count) if view.mrope else 1  # Qwen joins neighbouring frames into one
+        if not 0 < math.ceil(len(scores) / max(step, 1)) == count:
+            raise ScorerError(f"there are {len(scores)} frame scores for a video of {count} frames; give one for each")
         groups = validate_scores(scores, len(scores)).split(step)
         return torch.stack([group.max() if self.reduce == "max" else group.mean() for group in groups])
 
