@@ -478,3 +478,64 @@ def test_decoupler_asks_the_model_once_without_pictures(part, monkeypatch):
         LVLMDecoupler(model, source, kind="none")
     with pytest.raises(InvalidParameterError, match="max_new_tokens=0"):
         LVLMDecoupler(model, source, max_new_tokens=0)
+
+
+# -- relevance of tokens -----------------------------------------------------------------------------------------------
+
+
+def test_clip_relevance_is_the_negated_cosine_of_patch_and_text():
+    import transformers
+
+    import tokred
+    from tests.matrix.vlm_models import Llava
+    from tokred.adapters.scorers import ClipRelevance
+
+    host = Llava()
+    model, prompt = host.make(), host.inputs([[3, "image", 4], [2, "image", 6]])
+    config = transformers.CLIPConfig(
+        vision_config=model.config.vision_config.to_dict(),
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 30,
+            "max_position_embeddings": 6,
+            "eos_token_id": 29,
+        },
+        projection_dim=8,
+    )
+    clip = transformers.CLIPModel(config).eval()
+
+    class Words:
+        def __call__(self, texts, padding=False, truncation=False, max_length=None, return_tensors=None):
+            rows = [[1, *(3 + len(w) for w in t.split()), 29] for t in ([texts] if isinstance(texts, str) else texts)]
+            if return_tensors is None:
+                return transformers.BatchEncoding({"input_ids": rows[0]})
+            width = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+            return transformers.BatchEncoding({"input_ids": ids, "attention_mask": (ids != 0).long()})
+
+    seen = {}
+
+    def watched(view):
+        seen["raw"] = relevance(view)
+        seen["hidden"] = view.hidden()[:, 0]
+        return seen["raw"]
+
+    relevance = ClipRelevance(clip, Words())
+    watched.needs = relevance.needs
+    questions = ["a bb ccc dddd e", "aa b"]  # the first is longer than the text tower: two chunks
+    with tokred.patch(model, tokred.CDPruner(budget=4, relevance=watched)) as patch, patch.request(query=questions):
+        with torch.no_grad():
+            model(**prompt.inputs)
+        assert [step.tokens_out for step in patch.trace.media] == [4, 4]
+    with torch.no_grad():
+        for row, chunks in enumerate((["a bb ccc dddd", "e"], ["aa b"])):
+            states = clip.vision_model.post_layernorm(seen["hidden"][row])
+            image = torch.nn.functional.normalize(clip.visual_projection(states), dim=-1)
+            total = 0
+            for chunk in chunks:
+                text = clip.get_text_features(**Words()([chunk], return_tensors="pt")).pooler_output
+                total = total + image @ torch.nn.functional.normalize(text, dim=-1)[0]
+            torch.testing.assert_close(seen["raw"][row], -total / len(chunks))

@@ -362,11 +362,11 @@ def test_cdpruner_asks_for_the_question_or_a_function() -> None:
     view = view_of(single())
     questions = torch.stack([view.question_features(item).mean(dim=0) for item in range(2)])
     raw = torch.cosine_similarity(view.features, questions[:, None], dim=2)
-    by_question = tokred.CDPruner(5).select(view).indices
+    by_question = tokred.CDPruner(5, relevance="question").select(view).indices
     assert torch.equal(by_question, greedy_map(view.features, scaled_relevance(raw), 5))
     by_function = tokred.CDPruner(5, relevance=lambda v: -raw).select(view).indices
     assert torch.equal(by_function, greedy_map(view.features, scaled_relevance(-raw), 5))
-    plain = tokred.CDPruner(5, relevance="none").select(view).indices
+    plain = tokred.CDPruner(5).select(view).indices
     assert torch.equal(plain, greedy_map(view.features, torch.ones(2, 16), 5))
     assert len({tuple(one.flatten().tolist()) for one in (by_question, by_function, plain)}) == 3
 

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from tokred.core.budget import check_choice, check_count
 from tokred.core.errors import InvalidParameterError, ScorerError
+from tokred.core.sites import Needs, VisualFeatures
 
-__all__ = ["HFClipScorer", "LVLMScorer", "OpenClipScorer", "default_scorer", "strip_options"]
+__all__ = ["ClipRelevance", "HFClipScorer", "LVLMScorer", "OpenClipScorer", "default_scorer", "strip_options"]
 
 Mode = Literal["minmax", "sigmoid"]
 
@@ -218,6 +219,61 @@ class HFClipScorer(_ClipScorer):
 
 
 # -- LVLM ------------------------------------------------------------------------------------------------------------
+
+
+class ClipRelevance:
+    """How relevant each visual token is to the question, by the CLIP model whose vision tower the host runs.
+
+    The recipe of CDPruner's released code (arXiv 2506.10967): the *negated* cosine of patch states (post-layernorm and
+    visual projection) and the question's embedding, mean over chunks of the text tower's context length. For
+    ``CDPruner(relevance=ClipRelevance(clip, tokenizer))`` on hosts whose tower is this CLIP's and feeds the projector
+    token by token (LLaVA, LLaVA-NeXT images).
+
+    Args:
+        model: a transformers CLIPModel. tokenizer: its tokenizer.
+    """
+
+    needs = Needs(hidden=True)
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.inference_mode()
+    def __call__(self, view: VisualFeatures) -> Tensor:
+        """(G, n) float32 raw relevance of the tokens of a `VisualFeatures` view, the larger the more relevant.
+
+        Raises:
+            ScorerError: the host's projector does not read this tower's tokens one by one.
+        """
+        width = self.model.config.vision_config.hidden_size
+        if not view.tower.projects or view.tower.dim != width:
+            raise ScorerError(
+                f"ClipRelevance reads tower tokens of {width} channels one by one; this host's tower has "
+                f"{view.tower.dim} channels{'' if view.tower.projects else ' and its projector mixes them'}"
+            )
+        with _evaluating(self.model):
+            states = view.at_tokens(view.hidden()).to(self.model.device, self.model.dtype)
+            patches = self.model.visual_projection(self.model.vision_model.post_layernorm(states)).float()
+            texts = [self._embed(view.query(item)) for item in range(view.items)]
+        cosines = [
+            (F.normalize(own, dim=-1) @ F.normalize(text, dim=-1).T).mean(dim=1)
+            for own, text in zip(patches, texts, strict=True)
+        ]
+        return -torch.stack(cosines).to(view.features.device)
+
+    def _embed(self, query: str) -> Tensor:
+        """(chunks, D) float32: a long question in pieces of the text tower's length."""
+        length = self.model.config.text_config.max_position_embeddings
+        words = query.split()
+        chunks, start = [], 0
+        while start < len(words):
+            end = len(words)
+            while end > start + 1 and len(self.tokenizer(" ".join(words[start:end])).input_ids) > length:
+                end -= 1
+            chunks.append(" ".join(words[start:end]))
+            start = end
+        inputs = self.tokenizer(chunks or [""], padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return _pooled(self.model.get_text_features(**_to_model(inputs, self.model))).float()
 
 
 class LVLMScorer(_Scorer):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokred.core.budget import budget_tokens, check_budget, check_choice
 from tokred.core.errors import InvalidParameterError
 from tokred.core.method import VisualMethod
-from tokred.core.sites import MediaLayout, TowerInfo, VisualFeatures
+from tokred.core.sites import MediaLayout, Needs, TowerInfo, VisualFeatures
 from tokred.core.tokens import Keep
 from tokred.vlm.select import check_fits, exact, unit
 
@@ -74,19 +74,21 @@ class CDPruner(VisualMethod):
     """Keep tokens that are unlike each other and relevant to the question.
 
     Follows Theia-4869/CDPruner at 9541616c, which takes relevance from CLIP: the *negated* cosine of patch states and
-    the text's embedding. Hosts without a paired text tower use the cosine of tokens and question in the space of the
-    language model instead (ours).
+    the text's embedding. That needs the text tower that belongs to the host's vision tower, which no host carries:
+    give it as ``relevance=tokred.adapters.scorers.ClipRelevance(clip, tokenizer)``. Without it relevance is 1.
 
     Attributes:
         budget: fraction of the tokens of an image or video (rounded down), or their number.
-        relevance: "question"; "none" (a plain DPP); or a function of the view that returns raw relevance (G, n), the
-            larger the more relevant (not part of JSON).
+        relevance: a function of the view that returns raw relevance (G, n), the larger the more relevant (not part of
+            JSON); "none", a plain DPP; or "question", the cosine of tokens and the mean of the question's tokens in
+            the space of the language model (ours: nobody could check the authors' recipe for such hosts; on the
+            bundled model it does worse than "none").
         theta: None, or in [0, 1): how much relevance weighs against diversity.
         positions, keep_newline: see `VisualMethod`.
     """
 
     budget: float | int = 1 / 9
-    relevance: Literal["question", "none"] | Relevance = "question"
+    relevance: Literal["question", "none"] | Relevance = "none"
     theta: float | None = None
     positions: Literal["compact", "original"] | None = None
     keep_newline: bool = False
@@ -104,6 +106,14 @@ class CDPruner(VisualMethod):
         number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
         if theta is not None and not (number and 0 <= theta < 1):
             raise InvalidParameterError(f"theta={theta!r}: expected a number in [0, 1)")
+
+    def needs(self, tower: TowerInfo) -> Needs:
+        return getattr(self.relevance, "needs", Needs())
+
+    def to_dict(self) -> dict[str, Any]:
+        if callable(self.relevance):
+            raise InvalidParameterError("CDPruner(relevance=...) holds a function, which JSON cannot; write it without")
+        return super().to_dict()
 
     def kept(self, layout: MediaLayout) -> int:
         total = len(layout.cells)

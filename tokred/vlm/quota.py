@@ -131,6 +131,8 @@ class QuoTA(VisualMethod):
             asked = Decoupled(query) if self.decoupler is None else self.decoupler(query)
             scores = score_frames(scorer, list(frames), asked.query, asked.objects)
         count = view.layout.partitions
+        if scores.dim() != 1:
+            raise ScorerError(f"frame scores have shape {tuple(scores.shape)}: expected ({count},), one for each frame")
         step = math.ceil(len(scores) / count) if view.mrope else 1  # Qwen joins neighbouring frames into one
         if not 0 < math.ceil(len(scores) / max(step, 1)) == count:
             raise ScorerError(f"there are {len(scores)} frame scores for a video of {count} frames; give one for each")
