@@ -11,9 +11,12 @@ import ast
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokred.eval.bench import Task
 
 __all__ = ["main", "parser"]
 
@@ -176,21 +179,32 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         "accuracy, cost and speed of methods on bundled models and data",
         """
         Compare methods at equal cost on a bundled model and held-out data, offline: accuracy with its standard error,
-        the paired difference to random dropping of as many tokens, tokens, GMACs, images/s, speed-up and its limit by
-        GMACs. Prints a table (or --json) and writes pictures and results.json to --out. The default takes two to three
-        minutes on two cores.
+        the paired difference to random dropping of as many tokens (video: to as many tokens of evenly spaced frames),
+        tokens, GMACs, speed. Prints a table (or --json) and writes pictures and results.json to --out. The default of
+        each task takes two to four minutes on two idle cores.
         """,
     )
-    tasks = "; ".join(f"{name}: {about}" for name, (_, about) in TASKS.items())
-    made.add_argument("--task", default="vit", help=f"what to measure ({tasks})")
-    made.add_argument("--methods", type=_names, metavar="A,B", help="default: topk,zero_tprune,tome")
+
+    def each(text: Callable[[Task], str]) -> str:
+        return "; ".join(f"{name}: {text(found)}" for name, found in TASKS.items())
+
+    def listed(numbers: Sequence[float]) -> str:
+        return ",".join(f"{number:g}" for number in numbers)
+
+    made.add_argument("--task", default="vit", help=f"what to measure (default: vit). {each(lambda t: t.about)}")
+    made.add_argument("--methods", type=_names, metavar="A,B", help=f"defaults: {each(lambda t: t.methods)}")
     made.add_argument(
         "--levels",
         type=_numbers,
         metavar="X,Y",
-        help="costs, as shares of the unpatched GMACs (default: 0.8,0.65,0.5; with --ablate 0.68)",
+        help=each(lambda t: f"{t.level} (default: {listed(t.levels)})") + "; with --ablate 0.68",
     )
-    made.add_argument("--scenes", type=int, metavar="N", help="held-out scenes (default: 1000; with --ablate 2000)")
+    made.add_argument(
+        "--scenes",
+        type=int,
+        metavar="N",
+        help=f"held-out scenes, questions or clips (defaults: {each(lambda t: str(t.scenes))}; with --ablate 2000)",
+    )
     made.add_argument("--seed", type=int, default=BenchOptions.seed, help="of the scenes (default: %(default)s)")
     made.add_argument("--split", default="test", choices=("test", "val"), help="which scenes (default: test)")
     made.add_argument(
@@ -212,37 +226,41 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="METHOD.KEY=VALUE",
         help="another parameter of a method, e.g. zero_tprune.vhf=None; may be repeated",
     )
-    made.add_argument("--ablate", metavar="METHOD", help="take a method apart instead: zero_tprune")
+    made.add_argument("--ablate", metavar="METHOD", help="vit only: take a method apart instead: zero_tprune")
     made.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="other weights of the bundled model's architecture"
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="other weights of the bundled architecture: a file (vit) or a folder as from save_pretrained",
     )
-    made.add_argument("--fast", action="store_true", help="a dry run of seconds: 50 scenes, one level, one pair")
+    dry = each(lambda t: f"{t.fast[1]} scenes at {listed(t.fast[0])}")
+    made.add_argument("--fast", action="store_true", help=f"a dry run of seconds, one pair a row ({dry})")
     made.add_argument("--out", type=Path, metavar="DIR", help="default: outputs/bench-TASK")
 
 
 def _bench(given: argparse.Namespace) -> None:
     import torch
 
-    from tokred.eval.bench import BenchOptions, Progress, task
+    from tokred.eval.bench import TASKS, BenchOptions, Progress, task
 
+    module = task(given.task)
     parameters: dict[str, dict[str, Any]] = {}
     for method, key, value in given.settings:
         parameters.setdefault(method.replace("-", "_"), {})[key] = value
-    fast: dict[str, Any] = {"levels": [0.65], "scenes": 50, "rounds": 1} if given.fast else {}
+    levels, scenes = TASKS[given.task].fast if given.fast else (None, None)
     options = BenchOptions(
         out=given.out or Path("outputs") / f"bench-{given.task}",
         methods=given.methods,
-        levels=given.levels or fast.get("levels"),
-        scenes=given.scenes or fast.get("scenes"),
+        levels=given.levels or levels,
+        scenes=given.scenes or scenes,
         seed=given.seed,
         split=given.split,
         threads=given.threads,
-        rounds=fast.get("rounds", given.rounds),
+        rounds=1 if given.fast else given.rounds,
         parameters=parameters,
         ablate=given.ablate.replace("-", "_") if given.ablate else None,
         checkpoint=given.checkpoint,
     )
-    module = task(given.task)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # passes run side by side instead: two threads in one small model wait for each other
     try:

@@ -7,7 +7,6 @@ are which slots of which media, worked out by hand: the oracle of `tests/matrix/
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -162,8 +161,14 @@ class Tiny:
             columns = [len(ids) + place for place, token in enumerate(one.ids) if token == marker]
             assert len(columns) == len(one.slots), (self.name, part)
             for start, end in self.split(one):
-                places.append((columns[start:end], [slot - one.slots[start] for slot in one.slots[start:end]]
-                               if (start, end) != (0, len(columns)) else one.slots))
+                places.append(
+                    (
+                        columns[start:end],
+                        [slot - one.slots[start] for slot in one.slots[start:end]]
+                        if (start, end) != (0, len(columns))
+                        else one.slots,
+                    )
+                )
             ids += one.ids
             media.append(one)
         return ids, places, media
@@ -282,9 +287,7 @@ class LlavaNext(Tiny):
         size = SIZES[variant]
         rows, tiles = anyres_slots(size)
         slots = [*range(16), *[slot for row in rows for slot in (*row, NEWLINE)]]
-        return Media(
-            kind, [IMAGE_ID] * len(slots), slots, {"pixels": noise(generator, tiles, 3, 16, 16), "size": size}
-        )
+        return Media(kind, [IMAGE_ID] * len(slots), slots, {"pixels": noise(generator, tiles, 3, 16, 16), "size": size})
 
     def collate(self, media, per_row):
         made = {}
@@ -656,6 +659,3 @@ def language_of(model: nn.Module) -> Any:
 def tower_of(model: nn.Module) -> Any:
     inner: Any = model.model
     return next(getattr(inner, n) for n in ("vision_tower", "visual", "vision_model") if hasattr(inner, n))
-
-
-_ = dataclasses

@@ -125,6 +125,7 @@ class Spy(VisualMethod):
     asks: tuple[str, ...] = ()
     positions: Positions = None
     keep: int = 5
+    record: bool = True
     seen: list = field(default_factory=list, compare=False)
 
     name: ClassVar[str] = "probe_spy"
@@ -150,7 +151,8 @@ class Spy(VisualMethod):
             if name in ("query", "frames", "frame_scores", "question_features"):
                 value = [value(item) for item in range(view.items)]
             found[name] = value() if callable(value) else value
-        self.seen.append((view, found))
+        if self.record:
+            self.seen.append((view, found))
         return Keep(torch.tensor(evenly(view.count, self.kept(view.layout))).expand(view.items, -1))
 
 

@@ -137,7 +137,8 @@ def test_reordered_tokens_give_the_same_set(name: str) -> None:
     view = view_of(single(6, 6), items=1)
     order = torch.randperm(36)
     other = dataclasses.replace(view, features=view.features[:, order])
-    a, b = (KEEPING[name](budget=6).select(v).indices[0] for v in (view, other))
+    options = {"relevance": "question"} if name == "cdpruner" else {}  # without, all first gains are equal
+    a, b = (KEEPING[name](budget=6, **options).select(v).indices[0] for v in (view, other))
     assert a.tolist() == order[b].sort().values.tolist()
 
 

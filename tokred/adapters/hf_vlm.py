@@ -75,13 +75,13 @@ class HFVLMHost(Host):
         "InstructBlip": "its query tokens are few and learnt, there is nothing to reduce",
     }
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.outer: Any = None if family_of(model) is not None else model
         self.inner: Any = model if self.outer is None else model.model
         kind = family_of(self.inner)
         assert kind is not None
         self.parts = kind(self.inner)
-        self.root: nn.Module = model
+        self.root = model
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -162,6 +162,8 @@ class _Thread(threading.local):
         self.made: dict[str, Seen] = {}  # in the inner forward that runs now, by media
         self.frames: list[Frame] = []
         self.request: Request | None = None
+        self.known_mask: tuple[Tensor | None] | None = None  # (B, keys), as `generate` had it before it made a 4-D one
+        self.generation: object | None = None  # the `generate` that runs now; all its passes choose the same tokens
         self.encoding = False  # whether the pass ends before the language model
         self.steps: tuple[MediaStep, ...] = ()
 
@@ -172,7 +174,8 @@ class Frame:
 
     Attributes:
         ids: (B, S) or None. columns: {media: (B, S) bool}, where its placeholders are; None while there are no media.
-        mask: (B, keys) of this pass, None for all real. types: (B, S or keys) token types. cache: given. past: its keys.
+        mask: (B, keys) of this pass, None for all real. types: (B, S or keys) token types.
+        cache: given. past: its keys.
         back: (B, S) int64, the reduced column for each original one; None while nothing was reduced.
         state: what the cache will carry. types_out: (B, L) token types of the reduced sequence.
     """
@@ -296,6 +299,7 @@ class VisualSession:
         frame = Frame(cache=given.get("past_key_values"), types=given.get("token_type_ids"))
         self.thread.frames.append(frame)
         self.thread.made = {}
+        known, self.thread.known_mask = self.thread.known_mask, None
         state = reduced_state(frame.cache)
         if state is not None:
             state.armed = True
@@ -308,33 +312,36 @@ class VisualSession:
         frame.columns = {media: self._columns(media, ids, embeds) for media in self.parts.medias}
         outputs = given.get("mm_encoder_outputs") or {}
         frame.seen = {media: getattr(outputs.get(media), "_tokred_seen", None) for media in self.parts.medias}
-        frame.mask = self._real(given.get("attention_mask"), frame, frame.columns[self.parts.medias[0]])
+        length = frame.columns[self.parts.medias[0]].shape[1]
+        frame.mask = self._real(given.get("attention_mask"), known, frame.past + length)
         return (), given
 
     def _has_media(self, given: Mapping[str, Any]) -> bool:
         if any(given.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
             return True
         outputs = given.get("mm_encoder_outputs")
+        if isinstance(outputs, Tensor):  # a deprecated way of Idefics3
+            raise PreEncodedError("mm_encoder_outputs is a tensor: what the vision tower saw is unknown; pass pixels")
         return isinstance(outputs, Mapping) and any(outputs.get(media) is not None for media in self.parts.medias)
 
     def _columns(self, media: str, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         if ids is not None:
-            return ids == self.parts.placeholder(media)
+            return ids.eq(self.parts.placeholder(media))
         assert embeds is not None
         return (embeds == self.parts.embed_placeholder(media, embeds)).all(-1)
 
-    def _real(self, mask: Any, frame: Frame, like: Tensor) -> Tensor | None:
-        """(B, keys) of real tokens from whatever mask was given."""
+    def _real(self, mask: Any, known: tuple[Tensor | None] | None, keys: int) -> Tensor | None:
+        """(B, keys) of real tokens: the mask given, or, where that has four dimensions, the one it was `known` to be
+        made of (a window shows only a part of the keys)."""
         if isinstance(mask, Mapping):
             mask = mask.get("full_attention", next(iter(mask.values())))
-        if mask is None:
-            return None
-        if mask.dim() == 2:
+        if mask is None or mask.dim() == 2:
             return mask
-        # one row of a causal mask, the last, shows all keys that are real (static caches: the rest is not there yet)
-        last = mask[:, 0, -1, : frame.past + like.shape[1]]
-        real = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        return real.long()
+        if known is not None and (known[0] is None or known[0].shape[1] == keys):
+            return known[0]
+        visible = mask[:, 0, :, :keys]  # every real key is seen at least by its own row, padding by none
+        visible = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
+        return visible.any(dim=1).long()
 
     def _continue(self, given: dict[str, Any], frame: Frame, state: Reduced) -> None:
         """A pass on a cache that holds a reduced prompt: masks and positions of the columns that are there."""
@@ -363,6 +370,7 @@ class VisualSession:
     def after_inner(self, output: Any) -> Any:
         """Give back as many positions as came in, and let the cache carry what it holds."""
         frame = self.thread.frames.pop()
+        self.thread.made = {}  # tower outputs are large
         state = reduced_state(frame.cache)
         if state is not None:
             state.armed = False
@@ -420,13 +428,15 @@ class VisualSession:
 
     def _choose(self, frame: Frame, items: list[Item], embeds: Tensor) -> list[Keep | Resample | None] | None:
         """The method's answer for each item; None where every item goes on untouched."""
+        run = self.thread.generation
         known = [item.seen.plans.get(item.index) for item in items]
-        if all(plan is not None for plan in known):
-            answers = [plan[0] for plan in known]
+        made = [plan[1] for plan in known if plan is not None and plan[0] is run]
+        if run is not None and len(made) == len(items):
+            answers = made
         else:
             answers = self._ask(frame, items, embeds)
             for item, answer in zip(items, answers, strict=True):
-                item.seen.plans[item.index] = (answer,)
+                item.seen.plans[item.index] = (run, answer)
         return answers if any(answer is not None for answer in answers) else None
 
     def _ask(self, frame: Frame, items: list[Item], embeds: Tensor) -> list[Keep | Resample | None]:
@@ -630,7 +640,11 @@ class VisualSession:
         given = {**given.get("kwargs", {}), **{k: v for k, v in given.items() if k != "kwargs"}}
         if self._has_media(given) or reduced_state(given.get("past_key_values")) is not None:
             self._check_generation(given)
-        return function(*args, **kwargs)
+        before, self.thread.generation = self.thread.generation, object()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.thread.generation = before
 
     def _check_generation(self, given: Mapping[str, Any]) -> None:
         configs = (given.get("generation_config"), getattr(self.host.outer, "generation_config", None))
@@ -656,6 +670,7 @@ class VisualSession:
         """`prepare_inputs_for_generation`: static caches get their 4-D mask here, so keys are translated before."""
         state = reduced_state(kwargs.get("past_key_values"))
         if state is None:
+            self.thread.known_mask = (kwargs.get("attention_mask"),)
             return function(*args, **kwargs)
         ids = args[0] if args else kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
@@ -664,6 +679,7 @@ class VisualSession:
             logical = kwargs["past_key_values"].get_seq_length()
             total = mask.shape[1] if mask is not None else int(logical) + (ids.shape[1] if step is None else step)
             kwargs["attention_mask"] = state.translate(mask, total)
+        self.thread.known_mask = (kwargs.get("attention_mask"),)
         state.armed = True
         try:
             return function(*args, **kwargs)

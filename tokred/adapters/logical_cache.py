@@ -112,16 +112,21 @@ class _Logical:
         self._tokred_base.reset(self)  # type: ignore[attr-defined]
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns; a positive number is the (logical) length that is left."""
         state = self._tokred_reduced
-        left = int(physical_length(self)) - tokens_to_remove
-        if state is not None and 0 < left < state.mask.shape[1]:
+        if state is None:
+            return self._tokred_base.crop(self, tokens_to_remove)  # type: ignore[attr-defined]
+        held = int(physical_length(self))
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else held + state.removed - tokens_to_remove
+        left = held - removed
+        if 0 < left < state.mask.shape[1]:
             raise StaleCacheError(
                 f"crop({tokens_to_remove}) would cut into the reduced prompt ({state.mask.shape[1]} of its "
                 f"{state.full} columns are in the cache); crop at most what came after it"
             )
         if left <= 0:
             self._tokred_reduced = None
-        self._tokred_base.crop(self, tokens_to_remove)  # type: ignore[attr-defined]
+        self._tokred_base.crop(self, -removed)  # type: ignore[attr-defined]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._move(beam_idx)

@@ -35,7 +35,7 @@ class Seen:
         scores: {(kind of score, layer): pieces}, one piece a call of the tower.
         dense: frame features before the host pooled them, where they were asked for.
         parts: {layer: q, k and the like} of layers that are running.
-        plans: answers of methods, so that later passes of the same request use the same choice.
+        plans: {item: (the `generate` call it is of, the method's answer)}, so that all its passes use one choice.
     """
 
     def __init__(self, kind: str, arguments: Mapping[str, Any]) -> None:
@@ -102,8 +102,8 @@ class PlainTower(Tower):
 
     def __init__(self, module: nn.Module, feature_layer: int | None, projects: bool) -> None:
         super().__init__(module)
-        inner = getattr(module, "vision_model", module)
-        stack = getattr(inner, "encoder", inner)
+        inner: Any = getattr(module, "vision_model", module)
+        stack: Any = getattr(inner, "encoder", inner)
         layers = getattr(stack, "layers", None)
         self.layers: nn.ModuleList = layers if layers is not None else stack.layer
         embeddings = inner.embeddings

@@ -26,7 +26,7 @@ def describe_prompt(host: Any, given: object) -> PromptInfo:
     else:
         layouts, text = _from_sizes(parts, given)
     tower = parts.make_tower()
-    cells = max((layout.cells_per_partition * layout.merge**2 for layout in layouts), default=0)
+    cells = max((parts.tower_cells(layout) for layout in layouts), default=0)
     return PromptInfo(
         layouts=tuple(layouts),
         text=text,

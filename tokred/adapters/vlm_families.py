@@ -40,15 +40,11 @@ class Family:
     #: cells of the tower along each side of one token
     merge: int = 1
 
-    def __init__(self, inner: nn.Module) -> None:
-        self.inner: Any = inner
-        self.config: Any = inner.config
-        vision = self.config.vision_config
-        self.patch = int(
-            getattr(vision, "patch_size", 1)
-            if not isinstance(vision.patch_size, (list, tuple))
-            else vision.patch_size[0]
-        )
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.config = inner.config
+        patch = getattr(self.config.vision_config, "patch_size", 1)
+        self.patch = int(patch[0] if isinstance(patch, (list, tuple)) else patch)
 
     @property
     def language_model(self) -> nn.Module:
@@ -65,10 +61,10 @@ class Family:
         """0-based, the last tower layer that contributes to the features; None is the last of all."""
         return None
 
-    def placeholder(self, media: str) -> int | None:
+    def placeholder(self, media: str) -> int:
         """Token id of a media's placeholder."""
         value = getattr(self.config, f"{media}_token_id", None)
-        return value if value is not None else getattr(self.config, f"{media}_token_index", None)
+        return value if value is not None else getattr(self.config, f"{media}_token_index")
 
     def embed_placeholder(self, media: str, like: Tensor) -> Tensor:
         """(D,) embedding of a placeholder, as the library writes it into `inputs_embeds`."""
@@ -82,6 +78,10 @@ class Family:
     def tiles(self, seen: Seen) -> list[int]:
         """How many tower outputs belong to each item."""
         return [layout.partitions for layout in self.layouts(seen)]
+
+    def tower_cells(self, layout: MediaLayout) -> int:
+        """Patches of the tower in one partition."""
+        return layout.cells_per_partition * layout.merge**2
 
     def tower_features(self, seen: Seen) -> Tensor:
         """(tiles, N, C): the tower tokens that the projector reads, class token included where there is one."""
@@ -117,11 +117,13 @@ class Family:
     def pictures(self, seen: Seen, item: int, scale: Callable[[Tensor], Tensor]) -> Tensor:
         """(T, H, W, 3) uint8: frames of one item; `scale` undoes the processor's normalisation of (T, 3, H, W)."""
         pixels = self.pixels(seen)
-        if seen.kind == "image":
-            count = self.tiles(seen)
-            pixels = pixels.flatten(0, -4)[sum(count[:item]) : sum(count[: item + 1])]
-        else:
+        count = self.tiles(seen)
+        if seen.kind == "video":
             pixels = pixels[item]
+        elif pixels.dim() == 5:  # tiles of each image, padded to the most
+            pixels = pixels[item, : count[item]]
+        else:
+            pixels = pixels[sum(count[:item]) : sum(count[: item + 1])]
         return scale(pixels).permute(0, 2, 3, 1).cpu()
 
 
@@ -167,11 +169,24 @@ class Llava(Family):
 class LlavaNext(Llava):
     """LLaVA-NeXT: overview and tiles (anyres), padding cut off, a newline behind each row of the mosaic."""
 
-    uniform = True
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.remembered: dict[tuple[Any, ...], MediaLayout] = {}
+
+    def tower_cells(self, layout: MediaLayout) -> int:
+        return self.side[0] * self.side[1]  # frames of a video are pooled behind the tower
 
     def layouts(self, seen: Seen) -> list[MediaLayout]:
         sizes = [tuple(int(side) for side in size) for size in seen.arguments["image_sizes"]]
-        return [self.layout_of(size) for size in sizes]
+        return [self.known(size) for size in sizes]
+
+    def known(self, *key: Any) -> MediaLayout:
+        """`layout_of`, remembered: a pass asks for it several times."""
+        if len(self.remembered) > 256:
+            self.remembered.clear()
+        if key not in self.remembered:
+            self.remembered[key] = self.layout_of(*key)
+        return self.remembered[key]
 
     def layout_of(self, size: tuple[int, ...]) -> MediaLayout:
         """Run the library's own packing on cell numbers."""
@@ -236,7 +251,9 @@ class LlavaOnevision(LlavaNext):
         sizes = [tuple(int(side) for side in size) for size in seen.arguments["image_sizes"]]
         counts = seen.arguments.get("batch_num_images")
         single_image = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(int(n))]
-        return [self.layout_of(s) if tiled else self._plain() for s, tiled in zip(sizes, single_image, strict=True)]
+        aspect = self.selected(seen, "vision_aspect_ratio") or "anyres_max_9"
+        tiled = zip(sizes, single_image, strict=True)
+        return [self.known(size, aspect) if alone else self._plain() for size, alone in tiled]
 
     def _plain(self) -> MediaLayout:
         """One image of several: no tiles; the library puts a newline behind it."""
@@ -244,14 +261,13 @@ class LlavaOnevision(LlavaNext):
         slots = (*range(grid[0] * grid[1]), MediaLayout.NEWLINE)
         return MediaLayout(kind="image", partitions=1, grid=grid, slots=slots)
 
-    def layout_of(self, size: tuple[int, ...]) -> MediaLayout:
+    def layout_of(self, size: tuple[int, ...], aspect: str = "anyres_max_9") -> MediaLayout:
         module = sys.modules[type(self.inner).__mro__[_library_level(self.inner)].__module__]
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         rows, columns = self.side
         tiles = int(module.image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=side))
         cells = torch.arange(tiles * rows * columns, dtype=torch.float32).reshape(tiles, rows * columns, 1)
         newline = torch.tensor([float("inf")])
-        aspect = getattr(self.config, "vision_aspect_ratio", "anyres_max_9")
         packed, _ = self.inner.pack_image_features([cells], [torch.tensor(size)], newline, aspect)
         values = packed[0][:, 0]
         exact = values[values.isfinite()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,12 +28,13 @@ class MethodRecord:
 
 @dataclass(frozen=True)
 class HostRecord:
-    """One model family: the classes served, its sites, and what it refuses with the reason."""
+    """One model family: the classes served, its sites, what it refuses with the reason, and its options of `patch`."""
 
     family: str
     classes: tuple[str, ...]
     sites: tuple[str, ...]
     refusals: dict[str, str]
+    options: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +54,17 @@ def hosts() -> list[HostRecord]:
     """Every host whose model library is installed."""
     from tokred.adapters.registry import host_classes
 
-    return [HostRecord(h.family, tuple(h.classes), tuple(h.sites), dict(h.refusals)) for h in host_classes()]
+    return [
+        HostRecord(h.family, tuple(h.classes), tuple(h.sites), dict(h.refusals), _options(h.sites))
+        for h in host_classes()
+    ]
+
+
+def _options(sites: Sequence[str]) -> dict[str, str]:
+    """{option of `patch`: its meaning} of a host with these sites."""
+    from tokred.core.patch import OPTIONS
+
+    return {name: meaning for name, (site, meaning) in OPTIONS.items() if site in sites}
 
 
 def compatibility() -> dict[str, dict[str, bool]]:

@@ -230,7 +230,7 @@ def _strip(names: Sequence[str], frames: Sequence[np.ndarray], step: MediaStep) 
 def _caption(draw: Any, place: tuple[int, int], width: int, name: str, count: int) -> None:
     """The frame's name on the left, its tokens on the right, in words where there is room."""
     (x, y), font = place, _font(12)
-    left, right = f"frame {name}", f"{count} tokens"
+    left, right = f"frame {name}", f"{count} token{'s' * (count != 1)}"
     if draw.textlength(left + right, font) + 8 > width:
         left, right = name, str(count)
     draw.text((x, y), left, _FAINT, font)

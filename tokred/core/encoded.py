@@ -45,6 +45,9 @@ class Encoded:
         return list(self.media.get("video", ()))
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments for ``model.generate(**encoded.inputs())`` on the model without a patch; it returns new tokens."""
+        """Arguments for ``model.generate(**encoded.inputs())`` on the model without a patch; it returns new tokens.
+
+        `generate` of transformers refuses embeddings for PaliGemma and Gemma 3; ``model(**encoded.inputs())`` works.
+        """
         names = ("inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

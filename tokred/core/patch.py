@@ -22,10 +22,26 @@ from tokred.core.host import Attachment, Host
 from tokred.core.method import Method, resolve
 from tokred.core.trace import Trace
 
-__all__ = ["Patch", "patch", "unpatch"]
+__all__ = ["OPTIONS", "Patch", "patch", "unpatch"]
 
 _RECORD = "_tokred"
-_OPTIONS = ("exit", "fill", "score_backend", "processor", "restore_length")
+#: options of `patch`: the site whose hosts read it, and what it means
+OPTIONS: dict[str, tuple[str, str]] = {
+    "exit": (
+        "EncoderBlock",
+        '"reduced" hands reduced tokens on, "restore" scatters them back to every position at the end of the encoder',
+    ),
+    "fill": ("EncoderBlock", 'what "restore" writes where a token was dropped: "nearest" survivor or "zeros"'),
+    "score_backend": (
+        "EncoderBlock",
+        'how scores are formed: "recompute" beside fused attention, "matrix" once for output and score, "auto"',
+    ),
+    "processor": ("VisualFeatures", "lets methods read the question and the frames of a call"),
+    "restore_length": (
+        "VisualFeatures",
+        "True gives logits and hidden states at every position of the caller's prompt, False those of the reduced one",
+    ),
+}
 
 
 class Patch:
@@ -240,6 +256,6 @@ def check_fit(host: Host, methods: Sequence[Method]) -> None:
 
 def split_options(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separate the options of `patch` from the parameters of a method."""
-    options = {key: value for key, value in parameters.items() if key in _OPTIONS}
-    rest = {key: value for key, value in parameters.items() if key not in _OPTIONS}
+    options = {key: value for key, value in parameters.items() if key in OPTIONS}
+    rest = {key: value for key, value in parameters.items() if key not in OPTIONS}
     return options, rest

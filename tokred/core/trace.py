@@ -138,7 +138,8 @@ class Trace:
         return (len(self._table.steps) if self._table is not None else 0) + len(self.media)
 
     def __getitem__(self, index: int) -> TraceStep | MediaStep:
-        return [*self.steps, *self.media][index]
+        every: list[TraceStep | MediaStep] = [*self.steps, *self.media]
+        return every[index]
 
     @property
     def counts(self) -> list[tuple[int, int]]:

@@ -1,5 +1,8 @@
 """Data that needs no download: procedural scenes made of real digits and photographs of ordinary packages."""
 
+from tokred.data.clips import Clip, ClipStyle, DigitClips, uniform_frames
+from tokred.data.coloured import COLOURS, ColourStyle
+from tokred.data.questions import QuestionBatch, QuestionScenes
 from tokred.data.scenes import (
     DigitScenes,
     SceneBatch,
@@ -12,7 +15,14 @@ from tokred.data.scenes import (
 )
 
 __all__ = [
+    "COLOURS",
+    "Clip",
+    "ClipStyle",
+    "ColourStyle",
+    "DigitClips",
     "DigitScenes",
+    "QuestionBatch",
+    "QuestionScenes",
     "SceneBatch",
     "SceneStyle",
     "checksum",
@@ -20,4 +30,5 @@ __all__ = [
     "normalize",
     "patch_coverage",
     "render",
+    "uniform_frames",
 ]

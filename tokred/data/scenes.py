@@ -18,12 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokred.data.banks import SPLITS, Banks, load_banks
+from tokred.data.banks import Banks, load_banks
+from tokred.data.canvas import CHUNK, Dice, Range, blend, crop_photos, rotation, seeded, stamp, to_uint8
 
-#: Scenes are drawn this many at a time, each chunk with a generator of its own.
-CHUNK = 64
-
-Range = tuple[float, float]
+__all__ = [
+    "CHUNK",
+    "DigitScenes",
+    "SceneBatch",
+    "SceneStyle",
+    "checksum",
+    "checksum_matches",
+    "normalize",
+    "patch_coverage",
+    "render",
+]
 
 
 @dataclass(frozen=True)
@@ -61,69 +69,24 @@ class SceneBatch(NamedTuple):
     masks: Tensor  #: (B, S, S) float32 in [0, 1], how much of a pixel is digit
 
 
-class _Dice:
-    """Uniform draws from one generator."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def uniform(self, bounds: Range, *shape: int) -> Tensor:
-        low, high = bounds
-        return low + (high - low) * torch.rand(*shape, generator=self.generator)
-
-    def around(self, spread: float, *shape: int) -> Tensor:
-        return self.uniform((-spread, spread), *shape)
-
-    def index(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator)
-
-
-def _background(photos: Tensor, n: int, style: SceneStyle, dice: _Dice) -> Tensor:
+def _background(photos: Tensor, n: int, style: SceneStyle, dice: Dice) -> Tensor:
     """Random crops of the photographs with their contrast, colour and brightness redrawn: (n, 3, S, S)."""
     zoom = dice.uniform((style.size / 512, 1.0), n)
     offset = dice.uniform((-1.0, 1.0), n, 2) * (1 - zoom)[:, None]
     flip = torch.where(dice.uniform((0.0, 1.0), n) < 0.5, -1.0, 1.0)
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * flip, zoom, offset
-    grid = F.affine_grid(theta, [n, 3, style.size, style.size], align_corners=False)
-    source = photos[dice.index(len(photos), n)]
-    crop = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    crop = crop_photos(photos, dice.index(len(photos), n), zoom, offset, flip, style.size)
     contrast = dice.uniform(style.contrast, n, 1, 1, 1) * dice.uniform((0.7, 1.2), n, 3, 1, 1)
     base = 0.8 * dice.uniform((0.25, 0.75), n, 1, 1, 1) - 0.1
     return ((crop - crop.mean((1, 2, 3), keepdim=True)) * contrast + base).clamp_(0, 1)
 
 
-def _stamp(sources: Tensor, centre: Tensor, matrix: Tensor, size: int) -> Tensor:
-    """Draw 8x8 ``sources`` (M, 8, 8) on an empty canvas: masks (M, S, S).
-
-    ``matrix`` (M, 2, 2) maps an offset from ``centre`` (M, 2), both in pixels, to the source's [-1, 1] square.
-    """
-    # affine_grid speaks in [-1, 1] on both sides: pixel = (x + 1) * size / 2
-    shift = matrix @ (size / 2 - centre).unsqueeze(-1)
-    theta = torch.cat([matrix * (size / 2), shift], -1)
-    grid = F.affine_grid(theta, [len(sources), 1, size, size], align_corners=False)
-    values = F.grid_sample(sources[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return (1.25 * values[:, 0]).clamp_(0, 1)
-
-
-def _rotation(angle: Tensor) -> Tensor:
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
-
-
-def _blend(image: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
-    """Lay ``colour`` (n, 3) over ``image`` (n, 3, S, S) where ``alpha`` (n, S, S) says so."""
-    alpha = alpha[:, None]
-    return image * (1 - alpha) + alpha * colour[:, :, None, None]
-
-
-def _add_strokes(image: Tensor, bank: Tensor, style: SceneStyle, dice: _Dice) -> Tensor:
+def _add_strokes(image: Tensor, bank: Tensor, style: SceneStyle, dice: Dice) -> Tensor:
     n, (fewest, most) = len(image), style.strokes
     sources = bank[dice.index(len(bank), n, most)]
     side = dice.uniform(style.stroke_side, n, most)
     centre = dice.uniform((0.0, float(style.size)), n, most, 2)
-    matrix = _rotation(dice.around(torch.pi, n, most)) * (2 / side)[..., None, None]
-    masks = _stamp(sources.flatten(0, 1), centre.flatten(0, 1), matrix.flatten(0, 1), style.size)
+    matrix = rotation(dice.around(torch.pi, n, most)) * (2 / side)[..., None, None]
+    masks = stamp(sources.flatten(0, 1), centre.flatten(0, 1), matrix.flatten(0, 1), style.size)
     count = fewest + dice.index(most - fewest + 1, n)
     drawn = (torch.arange(most) < count[:, None]).float()
     opacity = dice.uniform(style.stroke_opacity, n, most) * drawn
@@ -131,11 +94,11 @@ def _add_strokes(image: Tensor, bank: Tensor, style: SceneStyle, dice: _Dice) ->
     luminance = image.mean((1, 2, 3))[:, None] + dice.uniform(style.stroke_gain, n, most)
     colour = luminance[..., None] + dice.around(0.125, n, most, 3)
     for i in range(most):
-        image = _blend(image, alpha[:, i], colour[:, i])
+        image = blend(image, alpha[:, i], colour[:, i])
     return image
 
 
-def _add_digit(image: Tensor, digits: Tensor, style: SceneStyle, dice: _Dice) -> tuple[Tensor, Tensor]:
+def _add_digit(image: Tensor, digits: Tensor, style: SceneStyle, dice: Dice) -> tuple[Tensor, Tensor]:
     """The image with its digit, and the digit's mask (n, S, S)."""
     n = len(image)
     side = 8 * dice.uniform(style.digit_scale, n)
@@ -144,23 +107,23 @@ def _add_digit(image: Tensor, digits: Tensor, style: SceneStyle, dice: _Dice) ->
     stretch = 1 + dice.around(style.aspect, n, 2)
     shear = torch.eye(2).repeat(n, 1, 1)
     shear[:, 0, 1] = dice.around(style.shear, n)
-    matrix = shear @ _rotation(dice.around(style.digit_rotation, n)) * (2 / (side[:, None] * stretch))[..., None]
-    mask = _stamp(digits, centre, matrix, style.size)
+    matrix = shear @ rotation(dice.around(style.digit_rotation, n)) * (2 / (side[:, None] * stretch))[..., None]
+    mask = stamp(digits, centre, matrix, style.size)
     # measured under the digit itself: against the image's mean, some digits would be invisible
     under = (image.mean(1) * mask).sum((1, 2)) / mask.sum((1, 2)).clamp_min(1e-6)
     colour = (under + dice.uniform(style.digit_gain, n))[:, None] + dice.around(0.125, n, 3)
-    return _blend(image, mask * dice.uniform(style.digit_opacity, n)[:, None, None], colour), mask
+    return blend(image, mask * dice.uniform(style.digit_opacity, n)[:, None, None], colour), mask
 
 
 def render(banks: Banks, n: int, generator: torch.Generator, style: SceneStyle = SceneStyle()) -> SceneBatch:
     """Draw ``n`` scenes. The generator's state decides everything; scenes of one call share its stream."""
-    dice = _Dice(generator)
+    dice = Dice(generator)
     image = _background(banks.photos, n, style, dice)
     image = _add_strokes(image, banks.strokes, style, dice)
     chosen = dice.index(len(banks.digits), n)
     image, mask = _add_digit(image, banks.digits[chosen], style, dice)
     image = image + style.noise * torch.randn(image.shape, generator=generator)
-    return SceneBatch((255 * image).round_().clamp_(0, 255).to(torch.uint8), banks.labels[chosen], mask)
+    return SceneBatch(to_uint8(image), banks.labels[chosen], mask)
 
 
 class DigitScenes:
@@ -182,9 +145,7 @@ class DigitScenes:
 
     def _chunk(self, number: int) -> SceneBatch:
         if self._last is None or self._last[0] != number:
-            entropy = np.random.SeedSequence([self.seed, SPLITS.index(self.split), number])
-            generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint32)[0]))
-            self._last = number, render(self.banks, CHUNK, generator, self.style)
+            self._last = number, render(self.banks, CHUNK, seeded(self.seed, self.split, number), self.style)
         return self._last[1]
 
     def batch(self, start: int, n: int) -> SceneBatch:

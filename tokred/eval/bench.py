@@ -18,11 +18,55 @@ from typing import Any
 
 from tokred.core.errors import InvalidParameterError, TokredError, nearest
 
-__all__ = ["TASKS", "BenchOptions", "MissingExtraError", "Progress", "require", "task"]
+__all__ = ["TASKS", "BenchOptions", "MissingExtraError", "Progress", "Task", "require", "task"]
 
-#: name -> (module, what it measures)
-TASKS: dict[str, tuple[str, str]] = {
-    "vit": ("tokred.eval.bench_vit", "the bundled digit-scene ViT under ToMe, Top-K and Zero-TPrune"),
+
+@dataclass(frozen=True)
+class Task:
+    """What `tokred bench --task` can measure, and its defaults.
+
+    Attributes:
+        module: where it is. about: what it measures. methods, level: what `--methods` and `--levels` mean there.
+        levels, scenes: default. fast: levels and scenes of `--fast`.
+    """
+
+    module: str
+    about: str
+    methods: str
+    level: str
+    levels: tuple[float, ...]
+    scenes: int
+    fast: tuple[tuple[float, ...], int]
+
+
+TASKS: dict[str, Task] = {
+    "vit": Task(
+        "tokred.eval.bench_vit",
+        "the bundled digit-scene ViT under ToMe, Top-K and Zero-TPrune",
+        methods="topk,zero_tprune,tome",
+        level="costs, as shares of the unpatched GMACs",
+        levels=(0.8, 0.65, 0.5),
+        scenes=1000,
+        fast=((0.65,), 50),
+    ),
+    "vqa": Task(
+        "tokred.eval.bench_vqa",
+        "the bundled LLaVA on questions about images, under every method that chooses visual tokens",
+        methods="all that act on images",
+        level="shares of the 144 visual tokens",
+        levels=(0.5, 0.25, 0.11),
+        scenes=1000,
+        fast=((0.25,), 50),
+    ),
+    "video": Task(
+        "tokred.eval.bench_video",
+        "the same weights on questions about clips: fewer frames, or more frames and fewer tokens of each",
+        methods="evs,quota",
+        level="visual tokens of a clip, in whole frames of 36",
+        levels=(72, 144, 288),
+        scenes=1000,
+        fast=((144,), 16),
+    ),
 }
 
 
@@ -35,7 +79,7 @@ class BenchOptions:
     """What `tokred bench` was asked for. None leaves the choice to the task.
 
     Attributes:
-        methods: by name. levels: costs, as shares of the unpatched multiply-adds. scenes: held-out scenes.
+        methods: by name. levels: see `Task.level`. scenes: held-out scenes, questions or clips.
         seed: of the scenes' sequence; random subsets are numbered from it too. split: "test" or "val".
         threads: for accuracy; speed is always measured on one. rounds: timed pairs for each row.
         parameters: {method: {parameter: value}}.
@@ -60,16 +104,24 @@ class BenchOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InvalidParameterError(f"--{name} {value}: expected at least {least}")
+
+    def shares(self, of: str) -> tuple[float, ...]:
+        """The levels of a task in which they are shares; None are given: (). Refuses what is outside (0, 1)."""
         for level in self.levels or ():
             if not 0 < level < 1:
-                raise InvalidParameterError(f"--levels {level}: expected shares of the multiply-adds in (0, 1)")
+                raise InvalidParameterError(f"--levels {level:g}: expected shares of the {of} in (0, 1)")
+        return tuple(self.levels or ())
+
+    def check_split(self) -> None:
+        if self.split not in ("test", "val"):
+            raise InvalidParameterError(f"--split {self.split}: expected test or val")
 
 
 def task(name: str) -> ModuleType:
     """The module of a task."""
     if name not in TASKS:
         raise InvalidParameterError(f"no task {name!r}{nearest(name, TASKS)}; there are: {', '.join(TASKS)}")
-    return importlib.import_module(TASKS[name][0])
+    return importlib.import_module(TASKS[name].module)
 
 
 def require(extra: str, *packages: str, what: str) -> None:

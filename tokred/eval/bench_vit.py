@@ -22,18 +22,17 @@ from tokred.core.flops import Flops, encoder_macs
 from tokred.core.method import EncoderMethod
 from tokred.core.patch import patch
 from tokred.core.sites import EncoderInfo
-from tokred.eval.bench import BenchOptions, Progress, require
+from tokred.eval.bench import TASKS, BenchOptions, Progress, require
 from tokred.eval.cost import MATCHED, ablation, match_cost, nearest_level, twin
-from tokred.eval.report import Curve, Panel, accuracy_plot, contact_sheet, dumps, table, token_chain
+from tokred.eval.report import Curve, Panel, accuracy_plot, contact_sheet, dumps, percent, signed, table, token_chain
 from tokred.eval.speed import Speed, interleaved
-from tokred.eval.vision import BATCH, Estimate, Pass, mean, measure, paired
+from tokred.eval.vision import BATCH, Pass, mean, measure, paired
 from tokred.vision.zero_tprune import ZeroTPrune
 
 __all__ = ["run", "show"]
 
 MODEL = "digit-vit"
-LEVELS = (0.8, 0.65, 0.5)
-SCENES = 1000
+TASK = TASKS["vit"]
 #: the paper's ablation: 3.08 of 4.55 G, on more scenes because its steps are small
 ABLATION_LEVELS = (0.68,)
 ABLATION_SCENES = 2000
@@ -62,7 +61,7 @@ def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
     info = find_host(model).info  # type: ignore[attr-defined]
     rows = _rows(options, info)  # settings that do not fit are refused before anything is measured
     options.out.mkdir(parents=True, exist_ok=True)
-    count = options.scenes or (ABLATION_SCENES if options.ablate else SCENES)
+    count = options.scenes or (ABLATION_SCENES if options.ablate else TASK.scenes)
     images, labels = _scenes(options, count, progress)
     hits = _accuracy(model, rows, images, labels, options, progress)
     speeds = _speed(model, rows, images, options.rounds, progress)
@@ -103,7 +102,7 @@ def _load(checkpoint: Path | None) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _rows(options: BenchOptions, info: EncoderInfo) -> list[_Row]:
-    rows = [_Row("unpatched", "unpatched", None, None)]
+    rows, levels = [_Row("unpatched", "unpatched", None, None)], options.shares("unpatched multiply-adds")
     if options.ablate is not None:
         if options.ablate != "zero_tprune":
             raise InvalidParameterError(f"--ablate {options.ablate}: only zero_tprune can be taken apart")
@@ -113,7 +112,7 @@ def _rows(options: BenchOptions, info: EncoderInfo) -> list[_Row]:
         vhf = options.parameters.get("zero_tprune", {}).get("vhf", ZeroTPrune().vhf)
         if vhf is None or set(others) - {"zero_tprune.vhf"}:
             raise InvalidParameterError("--ablate takes one parameter: --set zero_tprune.vhf=LOW,HIGH")
-        for level in options.levels or ABLATION_LEVELS:
+        for level in levels or ABLATION_LEVELS:
             for label, method, paper in ablation(info, level, vhf):
                 kind = "random" if label == "random drop" else "part"
                 rows.append(_Row(kind, label, method, level, paper=paper, twin_of="WPR"))
@@ -122,7 +121,7 @@ def _rows(options: BenchOptions, info: EncoderInfo) -> list[_Row]:
     strangers = [name for name in options.parameters if name not in names]
     if strangers:
         raise InvalidParameterError(f"--set {strangers[0]}...: the methods here are {', '.join(names)}")
-    for wanted in options.levels or LEVELS:
+    for wanted in levels or TASK.levels:
         level = nearest_level(info, wanted)
         for name in names:
             parameters = options.parameters.get(name, {})
@@ -136,8 +135,7 @@ def _scenes(options: BenchOptions, count: int, progress: Progress) -> tuple[Tens
     from tokred.data.scenes import CHUNK, DigitScenes
 
     progress.start("drawing scenes", count, "scenes")
-    if options.split not in ("test", "val"):
-        raise InvalidParameterError(f"--split {options.split}: expected test or val")
+    options.check_split()
     scenes = DigitScenes(options.split, options.seed)
     parts = []
     for start in range(0, count, CHUNK):
@@ -201,12 +199,12 @@ def _measured(
             record |= {"images_per_s": speed.images_per_s, "speedup": speed.speedup}
             record |= {"speedup_quartiles": [speed.low, speed.high], "limit": limit}
             record |= {"share_of_limit": speed.speedup / limit}
-            record["vs_unpatched"] = _difference(paired(right, unpatched, groups))
+            record["vs_unpatched"] = paired(right, unpatched, groups).to_dict()
         if row.kind in ("method", "part"):
             name = "WPR" if row.kind == "part" else row.method.name  # type: ignore[union-attr]
-            record["vs_random"] = _difference(paired(right, random[row.level, name], groups))
+            record["vs_random"] = paired(right, random[row.level, name], groups).to_dict()
         if row.kind == "part":
-            record["vs_row_above"] = _difference(paired(right, above, groups)) if above is not None else None
+            record["vs_row_above"] = paired(right, above, groups).to_dict() if above is not None else None
         above = right
         record |= row.facts
         measured.append(record)
@@ -215,10 +213,6 @@ def _measured(
 
 def _cost(cost: Flops, tokens: Sequence[int]) -> dict[str, Any]:
     return {"tokens": list(tokens), "gmacs": cost.total / 1e9, "gmacs_fraction": cost.total / cost.unreduced}
-
-
-def _difference(found: Estimate) -> dict[str, Any]:
-    return {"difference": found.value, "se": found.error, "significant": found.significant}
 
 
 def _setting(method: EncoderMethod) -> str:
@@ -282,11 +276,11 @@ def _cells(row: Mapping[str, Any], unpatched: Mapping[str, Any], ablated: bool) 
         _part_setting(row) if ablated else row["setting"],
         token_chain(unpatched["tokens"][0], row["tokens"]),
         f"{row['gmacs']:.3f} ({row['gmacs_fraction']:.0%})",
-        f"{100 * row['accuracy']:.1f} ±{100 * row['accuracy_se']:.1f}",
-        _signed(row.get("vs_random")),
+        percent(row["accuracy"], row["accuracy_se"]),
+        signed(row.get("vs_random")),
     ]
     if ablated:
-        cells += [_signed(row.get("vs_row_above")), f"{row['paper']:.1f}" if row.get("paper") else ""]
+        cells += [signed(row.get("vs_row_above")), f"{row['paper']:.1f}" if row.get("paper") else ""]
     speed = [f"{row['images_per_s']:.0f}", f"{row['speedup']:.2f}x", f"{row['limit']:.2f}x"]
     return [*cells, *speed, f"{row['share_of_limit']:.0%}" if row["level"] is not None else ""]
 
@@ -296,13 +290,6 @@ def _part_setting(row: Mapping[str, Any]) -> str:
     if row["kind"] == "part" and method.get("vhf"):
         return "vhf=" + _compact(tuple(method["vhf"]))
     return ""
-
-
-def _signed(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    mark = ("*" if found["difference"] > 0 else "!") if found["significant"] else " "
-    return f"{100 * found['difference']:+.1f} ±{100 * found['se']:.1f} {mark}"
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

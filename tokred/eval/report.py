@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Curve", "Panel", "accuracy_plot", "contact_sheet", "dumps", "table", "token_chain"]
+__all__ = [
+    "Curve",
+    "Panel",
+    "accuracy_plot",
+    "contact_sheet",
+    "curves",
+    "dumps",
+    "percent",
+    "signed",
+    "stacked",
+    "table",
+    "token_chain",
+]
 
 _INK, _FAINT, _GOOD, _BAD = "#1f2430", "#6b7280", "#15803d", "#b91c1c"
 
@@ -50,6 +62,19 @@ def token_chain(total: int, counts: Sequence[int], longest: int = 5) -> str:
     if len(chain) > longest:
         return f"{chain[0]}>{chain[1]}>{chain[2]}>..>{chain[-1]}"
     return ">".join(map(str, chain))
+
+
+def percent(value: float, error: float) -> str:
+    """An accuracy and its standard error, fractions, as ``93.1 ±0.8``."""
+    return f"{100 * value:.1f} ±{100 * error:.1f}"
+
+
+def signed(found: Mapping[str, Any] | None) -> str:
+    """A paired difference (`Estimate.to_dict`) in points; * better, ! worse by more than two standard errors."""
+    if found is None:
+        return ""
+    mark = ("*" if found["difference"] > 0 else "!") if found["significant"] else " "
+    return f"{100 * found['difference']:+.1f} ±{100 * found['se']:.1f} {mark}"
 
 
 def dumps(data: Any) -> str:
@@ -125,6 +150,21 @@ def contact_sheet(
     return sheet
 
 
+def stacked(sections: Sequence[tuple[str, Image]], gap: int = 10) -> Image:
+    """Pictures one below the other, each under its title."""
+    from PIL import Image, ImageDraw
+
+    title_font, bar = _font(15), 24
+    height = sum(picture.height + bar + gap for _, picture in sections) + gap
+    sheet = Image.new("RGB", (max(picture.width for _, picture in sections) + 2 * gap, height), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    for title, picture in sections:
+        draw.text((gap, y), _fit(draw, title, title_font, sheet.width - 2 * gap), _INK, title_font)
+        sheet.paste(picture, (gap, y + bar))
+        y += picture.height + bar + gap
+    return sheet
+
+
 def _font(size: int) -> Any:
     from PIL import ImageFont
 
@@ -142,33 +182,66 @@ def _fit(draw: Any, text: str, font: Any, room: int) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One method in the plot: (GMACs, accuracy, standard error) by level, and the same of its random twin."""
+    """One method in the plot: (cost, accuracy, standard error) by level, and the same of its random twin, if any."""
 
     label: str
     points: Sequence[tuple[float, float, float]]
-    floor: Sequence[tuple[float, float, float]]
+    floor: Sequence[tuple[float, float, float]] = ()
+    dashed: bool = False
+
+
+def curves(rows: Sequence[Mapping[str, Any]], cost: str) -> list[Curve]:
+    """A curve for each label of the rows that have a level, over their `cost`; that of random choice is dashed."""
+    mine: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["level"] is not None:
+            mine.setdefault(row["label"], []).append(row)
+    return [
+        Curve(
+            label, [(row[cost], row["accuracy"], row["accuracy_se"]) for row in own], dashed=own[0]["kind"] == "random"
+        )
+        for label, own in mine.items()
+    ]
 
 
 def accuracy_plot(
-    path: Path, curves: Sequence[Curve], unpatched: tuple[float, float, float], title: str, subtitle: str
+    path: Path,
+    curves: Sequence[Curve],
+    unpatched: tuple[float, float, float],
+    title: str,
+    subtitle: str,
+    cost: str = "GMACs per image (multiply-adds, scoring included)",
+    of: str = "scenes",
+    whole: str = "unpatched",
+    doubling: bool = False,
 ) -> None:
-    """Plot accuracy against GMACs of one image; bars are one standard error, accuracies are fractions."""
+    """Plot accuracy against cost; bars are one standard error, accuracies are fractions.
+
+    `cost` and `of` name the axes, `whole` the point without reduction; `doubling` spaces costs by their logarithm.
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state, no screen
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    colours = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
-    macs, accuracy, error = unpatched
+    colours = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#6b7280", "#be185d")
+    most, accuracy, error = unpatched
     axes.axhspan(100 * (accuracy - error), 100 * (accuracy + error), color=_INK, alpha=0.08, lw=0)
     axes.axhline(100 * accuracy, color=_INK, lw=1, ls=":")
-    axes.plot([macs], [100 * accuracy], "s", color=_INK, ms=7, label="unpatched", zorder=4)
+    axes.plot([most], [100 * accuracy], "s", color=_INK, ms=7, label=whole, zorder=4)
+    dashed = {"marker": "x", "ms": 6, "lw": 1.2, "ls": "--", "alpha": 0.65}
     for number, curve in enumerate(curves):
         colour = colours[number % len(colours)]
-        _plot(axes, curve.points, color=colour, marker="o", ms=6, lw=2, label=curve.label)
-        dashed = {"marker": "x", "ms": 6, "lw": 1.2, "ls": "--", "alpha": 0.65}
-        _plot(axes, curve.floor, color=colour, label=f"{curve.label}: random twin", **dashed)
-    axes.set_xlabel("GMACs per image (multiply-adds, scoring included)")
-    axes.set_ylabel("accuracy on held-out scenes, %")
+        style = dashed if curve.dashed else {"marker": "o", "ms": 6, "lw": 2}
+        _plot(axes, curve.points, color=colour, label=curve.label, **style)
+        if curve.floor:
+            _plot(axes, curve.floor, color=colour, label=f"{curve.label}: random twin", **dashed)
+    if doubling:
+        ticks = sorted({most, *(x for curve in curves for x, _, _ in curve.points)})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel(cost)
+    axes.set_ylabel(f"accuracy on held-out {of}, %")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
     axes.set_title(subtitle, loc="left", fontsize=9, color=_FAINT)
     axes.grid(color="#e5e7eb", lw=0.8)

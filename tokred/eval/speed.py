@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from tokred.core.errors import InvalidParameterError
 from tokred.core.method import Method
 from tokred.core.patch import patch
 
-__all__ = ["Speed", "interleaved"]
+__all__ = ["Speed", "interleaved", "pairs", "ratio"]
+
+T = TypeVar("T")
 
 
 class Speed(NamedTuple):
@@ -51,19 +53,37 @@ def interleaved(
         model: not patched; it is left as it was. methods: by any label. batch: (B, 3, H, W) as the model takes it.
         rounds: pairs for each method. done: called with 1 after each pair.
     """
+    times = pairs(
+        list(methods),
+        lambda label: _time(model, batch),
+        lambda label: _time_patched(model, methods[label], batch),
+        rounds,
+        done,
+    )
+    return {label: _summary(found, len(batch)) for label, found in times.items()}
+
+
+def pairs(
+    labels: Sequence[str],
+    plain: Callable[[str], T],
+    reduced: Callable[[str], T],
+    rounds: int,
+    done: Callable[[int], object] = lambda pairs: None,
+) -> dict[str, list[tuple[T, T]]]:
+    """{label: (plain, reduced) of each round}: a round visits every label once, see `interleaved`."""
     if rounds < 1:
         raise InvalidParameterError(f"rounds={rounds!r}: expected at least one pair")
-    times: dict[str, list[tuple[float, float]]] = {label: [] for label in methods}
+    found: dict[str, list[tuple[T, T]]] = {label: [] for label in labels}
     for number in range(rounds + 1):
-        for label, method in methods.items():
+        for label in labels:
             if number % 2:
-                plain, reduced = _time(model, batch), _time_patched(model, method, batch)
+                first, second = plain(label), reduced(label)
             else:
-                reduced, plain = _time_patched(model, method, batch), _time(model, batch)
+                second, first = reduced(label), plain(label)
             if number:
-                times[label].append((plain, reduced))
+                found[label].append((first, second))
             done(1)
-    return {label: _summary(pairs, len(batch)) for label, pairs in times.items()}
+    return found
 
 
 def _time(model: nn.Module, batch: Tensor) -> float:
@@ -77,13 +97,19 @@ def _time_patched(model: nn.Module, method: Method, batch: Tensor) -> float:
         return _time(model, batch)
 
 
-def _summary(pairs: list[tuple[float, float]], images: int) -> Speed:
-    ratios = sorted(plain / reduced for plain, reduced in pairs)
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios * 3)
+def _summary(times: list[tuple[float, float]], images: int) -> Speed:
+    middle, low, high = ratio(times)
     return Speed(
-        images / statistics.median(reduced for _, reduced in pairs),
-        images / statistics.median(plain for plain, _ in pairs),
-        statistics.median(ratios),
+        images / statistics.median(reduced for _, reduced in times),
+        images / statistics.median(plain for plain, _ in times),
+        middle,
         low,
         high,
     )
+
+
+def ratio(times: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Median and quartiles of plain / reduced."""
+    ratios = sorted(plain / reduced for plain, reduced in times)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return middle, low, high

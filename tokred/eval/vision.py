@@ -12,7 +12,7 @@ import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from tokred.core.errors import InvalidParameterError
 from tokred.core.method import Method
 from tokred.core.patch import patch
 
-__all__ = ["BATCH", "Estimate", "Pass", "mean", "measure", "paired"]
+__all__ = ["BATCH", "Estimate", "Pass", "mean", "measure", "paired", "side_by_side"]
+
+M = TypeVar("M")
+T = TypeVar("T")
+R = TypeVar("R")
 
 #: Scenes a forward pass. Also the number that share one random subset (see `Pass.reseed`).
 BATCH = 25
@@ -37,6 +41,10 @@ class Estimate(NamedTuple):
     def significant(self) -> bool:
         """Whether the value is more than two standard errors from zero."""
         return abs(self.value) > 2 * self.error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the difference between two methods."""
+        return {"difference": self.value, "se": self.error, "significant": self.significant}
 
 
 def mean(values: Tensor, groups: Tensor | None = None) -> Estimate:
@@ -109,19 +117,28 @@ def measure(
     Returns:
         One (N,) bool for each pass.
     """
-    models: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
-    for _ in range(threads):
+
+    def run(mine: nn.Module, one: Pass) -> Tensor:
+        return _run(mine, one, images, labels, prepare, seed, done)
+
+    return side_by_side(model, run, passes, threads)
+
+
+def side_by_side(model: M, run: Callable[[M, T], R], jobs: Sequence[T], threads: int) -> list[R]:
+    """``run(copy of the model, job)`` for each job, in so many Python threads; results in the order of the jobs."""
+    models: queue.SimpleQueue[M] = queue.SimpleQueue()
+    for _ in range(min(threads, len(jobs))):
         models.put(copy.deepcopy(model))
 
-    def run(one: Pass) -> Tensor:
+    def take(job: T) -> R:
         mine = models.get()
         try:
-            return _run(mine, one, images, labels, prepare, seed, done)
+            return run(mine, job)
         finally:
             models.put(mine)
 
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(run, one) for one in passes]
+        futures = [pool.submit(take, job) for job in jobs]
         try:
             return [future.result() for future in futures]
         except BaseException:

@@ -2,26 +2,41 @@
 
 ::
 
-    model = tokred.zoo.load("digit-vit")      # a timm VisionTransformer, eval, float32
-    tokred.zoo.card("digit-vit")["accuracy"]  # how it was made and what it scores
+    model = tokred.zoo.load("digit-vit")                     # a timm VisionTransformer
+    model, processor = tokred.zoo.load("digit-vlm")          # a LLaVA; "digit-video-vlm": LLaVA-NeXT-Video
+    model, preprocess, tokenizer = tokred.zoo.load("digit-clip")  # an open_clip CLIP
+    tokred.zoo.card("digit-vit")["accuracy"]                 # how it was made and what it scores
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tokred.zoo.digit_clip import digit_clip, digit_clip_card
 from tokred.zoo.digit_vit import DATA_CONFIG as DIGIT_VIT_DATA_CONFIG
 from tokred.zoo.digit_vit import digit_vit, digit_vit_card
+from tokred.zoo.digit_vlm import answer_text, digit_video_vlm, digit_vlm, digit_vlm_card, question_prompt
 
-if TYPE_CHECKING:
-    from torch import nn
-
-_MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
+_MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
+    "digit-clip": (digit_clip, digit_clip_card),
+    "digit-video-vlm": (digit_video_vlm, digit_vlm_card),
     "digit-vit": (digit_vit, digit_vit_card),
+    "digit-vlm": (digit_vlm, digit_vlm_card),
 }
 
-__all__ = ["DIGIT_VIT_DATA_CONFIG", "card", "digit_vit", "load", "names"]
+__all__ = [
+    "DIGIT_VIT_DATA_CONFIG",
+    "answer_text",
+    "card",
+    "digit_clip",
+    "digit_video_vlm",
+    "digit_vit",
+    "digit_vlm",
+    "load",
+    "names",
+    "question_prompt",
+]
 
 
 def names() -> list[str]:
@@ -29,14 +44,19 @@ def names() -> list[str]:
     return sorted(_MODELS)
 
 
-def _entry(name: str) -> tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]:
+def _entry(name: str) -> tuple[Callable[[], Any], Callable[[], dict[str, Any]]]:
     if name not in _MODELS:
         raise ValueError(f"no bundled model is called {name!r}; there are: {', '.join(names())}")
     return _MODELS[name]
 
 
-def load(name: str) -> nn.Module:
-    """A bundled model with its weights, in eval mode and float32, without a network. ``ValueError``: unknown name."""
+def load(name: str) -> Any:
+    """A bundled model with its weights, in eval mode and float32, without a network. ``ValueError``: unknown name.
+
+    Returns what the function of that name returns: ``"digit-vit"`` the model; ``"digit-vlm"`` and
+    ``"digit-video-vlm"`` (two forms of the same weights) the model and its processor; ``"digit-clip"`` the model, its
+    image transform and its tokenizer.
+    """
     return _entry(name)[0]()
 
 
