@@ -40,6 +40,39 @@ def test_ops_benchmark_runs_every_group():
     assert len({line["case"] for line in lines}) >= 6
 
 
+@pytest.mark.parametrize("options", [(), ("--size", "7b", "--dtype", "bfloat16")], ids=["small", "7b"])
+def test_vlm_benchmark_reports_every_promised_number(options):
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    result = json.loads(run("vlm.py", "--json", *options))
+    names = ["llava", "llava_next"] if options else ["llava_next"]
+    rows = result["rows"]
+    assert [(row["model"], row["budget"]) for row in rows] == [(name, b) for name in names for b in (1.0, 0.4, 0.2)]
+    assert result["tiny"]
+    for row in rows:
+        plain = next(other for other in rows if other["model"] == row["model"])
+        assert row["prompt"][1] == plain["prompt"][0]
+        assert row["seconds"] > row["layers_s"] > 0
+        assert row["share"] == pytest.approx(row["speedup"] / row["limit"])
+        if row["budget"] == 1:
+            assert row["speedup"] == row["limit"] == 1
+            continue
+        assert row["prompt"][0] < row["prompt"][1]
+        assert row["cache_mib"] < plain["cache_mib"]
+        assert row["limit"] > 1
+        assert row["speedup_95"][0] <= row["speedup"] <= row["speedup_95"][1]
+        assert row["added_share_95"][0] <= row["added_share"] <= row["added_share_95"][1]
+        assert isinstance(row["added_met"], bool)
+        assert (row["met"] is None) == bool(options)
+
+
+def test_vlm_benchmark_prints_a_table():
+    pytest.importorskip("transformers")
+    table = run("vlm.py")
+    assert "a dry run on tiny sizes" in table
+    assert "targets: share 95% of the limit" in table
+
+
 def test_median_interval():
     import importlib.util
 

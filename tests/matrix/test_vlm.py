@@ -6,6 +6,7 @@ with --all. A new family needs a row in `vlm_models.FAMILIES`: the first test fa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -21,6 +22,7 @@ from tests.matrix.vlm_models import FAMILIES, IMAGE_ID, LAST_TEXT, PAD_ID, Promp
 from tests.matrix.vlm_probes import Blend, Evenly, Reference, Spy, Uneven
 from tokred.adapters.hf_vlm import HFVLMHost
 from tokred.adapters.logical_cache import physical_length, reduced_state
+from tokred.core.method import VisualMethod, registered
 
 STEPS = 4
 METHODS = {
@@ -471,3 +473,68 @@ def test_a_loop_of_forwards_by_hand(family):
             torch.testing.assert_close(out.logits[:, -1], wanted.logits[step], atol=1e-5, rtol=0)
             token = wanted.sequences[:, prompt.inputs["input_ids"].shape[1] + step][:, None]
             out = forward(model, {"input_ids": token}, past_key_values=out.past_key_values, use_cache=True)
+
+
+# -- methods of tokred ---------------------------------------------------------------------------------------------
+
+#: method: (settings that reduce, settings that keep everything)
+SETTINGS = {
+    "random_tokens": (tokred.RandomTokens(budget=0.4), tokred.RandomTokens(budget=1.0)),
+    "hired": (tokred.HiRED(budget=0.4), tokred.HiRED(budget=1.0)),
+    "visionzip": (tokred.VisionZip(budget=0.4), tokred.VisionZip(budget=1.0)),
+    "divprune": (tokred.DivPrune(budget=0.4), tokred.DivPrune(budget=1.0)),
+    "cdpruner": (tokred.CDPruner(budget=0.4), tokred.CDPruner(budget=1.0)),
+    "vispruner": (tokred.VisPruner(budget=0.4), tokred.VisPruner(budget=1.0)),
+    "evs": (tokred.EVS(budget=0.4), tokred.EVS(budget=1.0)),
+    "quota": (tokred.QuoTA(budget=0.4), tokred.QuoTA(budget=1.0)),
+}
+FRAMES = {"llava_next_video": 4, "llava_onevision": 3, "qwen2_vl": 3, "qwen2_5_vl": 3, "qwen3_vl": 3}
+
+
+def pairs() -> list:
+    """(method, family): all with --all, else each family with one method in turn, and each method with two families."""
+    chosen, taken = [], 0
+    for name in SETTINGS:
+        for family in FAMILIES:
+            if name == "quota" and family not in FRAMES:
+                continue
+            taken += 1
+            quick = taken % 5 == 0
+            chosen.append(pytest.param(name, family, marks=[pytest.mark.full] * (not quick)))
+    return chosen
+
+
+def asking(patch, name: str, scores: Tensor):
+    return patch.request(frame_scores=scores) if name == "quota" else contextlib.nullcontext()
+
+
+def test_every_visual_method_has_a_row():
+    ours = {name for name, cls in registered().items() if cls.__module__.startswith("tokred.")}
+    assert {name for name in ours if issubclass(registered()[name], VisualMethod)} == set(SETTINGS)
+    quick = [case.values for case in pairs() if not case.marks]
+    assert {name for name, _ in quick} == set(SETTINGS)
+
+
+@pytest.mark.parametrize(("name", "family"), pairs())
+def test_methods(name, family):
+    """Budget 1.0 changes nothing; a smaller one makes the prompt shorter, each row as it would be alone."""
+    tiny, model = FAMILIES[family], model_of(family)
+    rows = [[3, "video", 2], [5], [1, "video", 4]] if name == "quota" else rows_of(tiny)
+    prompt = tiny.inputs(rows)
+    plain = greedy(model, prompt.inputs)
+    before = fingerprint(model)
+    reduce, keep = SETTINGS[name]
+    even, uneven = torch.full((FRAMES.get(family, 1),), 0.5), torch.linspace(0, 1, FRAMES.get(family, 1))
+    with tokred.patch(model, keep) as patch, asking(patch, name, even):
+        kept = greedy(model, prompt.inputs)
+    if name != "quota":  # which resamples frames
+        assert torch.equal(torch.stack(kept.logits), torch.stack(plain.logits))
+    with tokred.patch(model, reduce) as patch, asking(patch, name, uneven):
+        out = torch.stack(greedy(model, prompt.inputs).logits)
+        assert len(patch.trace.media) == sum(len(items) for items in prompt.media)
+        for step in patch.trace.media:
+            assert step.tokens_out < step.tokens_in
+        for row in range(len(rows)):
+            alone = torch.stack(greedy(model, prompt.single(row).inputs).logits)[:, 0]
+            torch.testing.assert_close(alone, out[:, row], atol=3e-5, rtol=0)
+    assert fingerprint(model) == before

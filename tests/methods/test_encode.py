@@ -220,7 +220,11 @@ def test_vllm_takes_the_embeddings(tmp_path):
     """Route A of the notes on serving: tokens from (1, K, hidden) equal transformers' own on the same embeddings."""
     import demos.serve_reduced as demo
 
-    model, inputs, prompt = demo.random_model(tmp_path)
-    made = tokred.vlm.encode(model, inputs, tokred.HiRED(budget=0.25))
-    expected = model.generate(**made.inputs(), **NEW)[0].tolist()
-    assert demo.run_vllm(tmp_path, prompt, made, NEW["max_new_tokens"]) == expected
+    model, processor, _ = demo.load(random=True)
+    model.generation_config.suppress_tokens = None
+    _, prompts, inputs = demo.prepare(processor)
+    one = {key: value[:1] for key, value in inputs.items()}
+    made = tokred.vlm.encode(model, one, tokred.HiRED(budget=0.25))
+    expected = model.generate(**made.inputs(), **NEW, min_new_tokens=NEW["max_new_tokens"])[0].tolist()
+    checkpoint = demo.save_for_vllm(model, processor, tmp_path)
+    assert demo.run_vllm(checkpoint, prompts[0], made.images[0][None], NEW["max_new_tokens"]) == expected
