@@ -488,6 +488,8 @@ SETTINGS = {
     "evs": (tokred.EVS(budget=0.4), tokred.EVS(budget=1.0)),
     "quota": (tokred.QuoTA(budget=0.4), tokred.QuoTA(budget=1.0)),
 }
+#: methods of videos alone, and frames of a video of the families that take them
+OF_VIDEOS = ("evs", "quota")
 FRAMES = {"llava_next_video": 4, "llava_onevision": 3, "qwen2_vl": 3, "qwen2_5_vl": 3, "qwen3_vl": 3}
 
 
@@ -496,7 +498,7 @@ def pairs() -> list:
     chosen, taken = [], 0
     for name in SETTINGS:
         for family in FAMILIES:
-            if name == "quota" and family not in FRAMES:
+            if name in OF_VIDEOS and family not in FRAMES:
                 continue
             taken += 1
             quick = taken % 5 == 0
@@ -519,7 +521,7 @@ def test_every_visual_method_has_a_row():
 def test_methods(name, family):
     """Budget 1.0 changes nothing; a smaller one makes the prompt shorter, each row as it would be alone."""
     tiny, model = FAMILIES[family], model_of(family)
-    rows = [[3, "video", 2], [5], [1, "video", 4]] if name == "quota" else rows_of(tiny)
+    rows = [[3, "video", 2], [5], [1, "video", 4]] if name in OF_VIDEOS else rows_of(tiny)
     prompt = tiny.inputs(rows)
     plain = greedy(model, prompt.inputs)
     before = fingerprint(model)
