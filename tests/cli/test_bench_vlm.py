@@ -14,12 +14,11 @@ from PIL import Image
 import tokred
 from tests.cli.test_cli import refused, run
 from tokred.core.errors import InvalidParameterError
+from tokred.eval import bench_video, bench_vqa, vlm
 from tokred.eval.bench import TASKS
 
 for package in ("transformers", "torchvision", "sklearn", "skimage", "matplotlib"):
     pytest.importorskip(package)
-
-from tokred.eval import bench_video, bench_vqa, vlm
 
 COLUMNS = {
     "kind", "label", "level", "method", "visual_tokens", "accuracy", "accuracy_se", "kinds", "gmacs", "gmacs_parts",
@@ -228,7 +227,7 @@ def test_scores_by_kind() -> None:
         ("vqa", ["--set", "hired.alpha=3"], "alpha"),
         ("vqa", ["--set", "hired.nonsense=3"], "no parameter 'nonsense'"),
         ("vqa", ["--set", "hired.final_layer=9"], "layer 9"),
-        ("vqa", ["--checkpoint", "missing"], "no weights at missing"),
+        ("vqa", ["--checkpoint", "missing"], "no weights of such a model in missing"),
         ("video", ["--ablate", "hired"], "--ablate: the task video"),
         ("video", ["--levels", "100"], "whole frames of 36"),
         ("video", ["--levels", "576"], "below 576"),
@@ -253,9 +252,14 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_of_another_model(capsys: pytest.CaptureFixture[str], scorer: Path) -> None:
-    line = refused(capsys, "bench", "--task", "vqa", "--fast", "--checkpoint", str(scorer))
-    assert "does not hold such weights" in line
+def test_weights_that_do_not_fit(
+    capsys: pytest.CaptureFixture[str], weights: Path, scorer: Path, tmp_path: Path
+) -> None:
+    argv = ["bench", "--task", "vqa", "--fast", "--checkpoint"]
+    assert "config.json is missing" in refused(capsys, *argv, str(scorer))
+    (tmp_path / "config.json").write_text((weights / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    assert "cannot be loaded" in refused(capsys, *argv, str(tmp_path))
 
 
 def test_unknown_split_and_share() -> None:

@@ -251,7 +251,7 @@ class LlavaOnevision(LlavaNext):
         sizes = [tuple(int(side) for side in size) for size in seen.arguments["image_sizes"]]
         counts = seen.arguments.get("batch_num_images")
         single_image = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(int(n))]
-        aspect = self.selected(seen, "vision_aspect_ratio") or "anyres_max_9"
+        aspect = self.selected(seen, "vision_aspect_ratio")
         tiled = zip(sizes, single_image, strict=True)
         return [self.known(size, aspect) if alone else self._plain() for size, alone in tiled]
 
@@ -261,7 +261,8 @@ class LlavaOnevision(LlavaNext):
         slots = (*range(grid[0] * grid[1]), MediaLayout.NEWLINE)
         return MediaLayout(kind="image", partitions=1, grid=grid, slots=slots)
 
-    def layout_of(self, size: tuple[int, ...], aspect: str = "anyres_max_9") -> MediaLayout:
+    def layout_of(self, size: tuple[int, ...], aspect: str | None = None) -> MediaLayout:
+        aspect = aspect or self.config.vision_aspect_ratio
         module = sys.modules[type(self.inner).__mro__[_library_level(self.inner)].__module__]
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         rows, columns = self.side
@@ -326,8 +327,11 @@ class Idefics3(Family):
         self.merge = int(self.config.scale_factor)
 
     def layouts(self, seen: Seen) -> list[MediaLayout]:
-        tiles = seen.output.last_hidden_state.shape[0]
         pixels = seen.arguments["pixel_values"]
+        if seen.output is None:  # asked before any call: the library tells padding images by zeros
+            tiles = int((pixels != 0).flatten(2).any(dim=2).sum())
+        else:
+            tiles = seen.output.last_hidden_state.shape[0]
         step = self.patch * self.merge
         return [single((pixels.shape[-2] // step, pixels.shape[-1] // step), merge=self.merge)] * tiles
 
