@@ -9,7 +9,18 @@ import pytest
 import torch
 
 import tokred
-from tests.matrix.vlm_models import LlavaNextVideo, LlavaOnevision, Qwen2, Qwen3, Qwen25
+from tests.matrix.vlm_models import (
+    Gemma3,
+    Idefics3,
+    InternVL,
+    Llava,
+    LlavaNextVideo,
+    LlavaOnevision,
+    PaliGemma,
+    Qwen2,
+    Qwen3,
+    Qwen25,
+)
 from tokred.core.errors import InvalidParameterError, RequestError, ScorerError
 from tokred.core.scoring import Decoupled
 from tokred.vlm.allocate import allocate, grid_shape
@@ -296,3 +307,49 @@ def test_newlines_need_a_newline():
         pytest.raises(InvalidParameterError, match="newline"),
     ):
         logits(model, prompt.inputs)
+
+
+# -- images as frames --------------------------------------------------------------------------------------------------
+
+AS_FRAMES = [Llava, InternVL, Idefics3, PaliGemma, Gemma3]
+
+
+@pytest.mark.parametrize("family", AS_FRAMES, ids=lambda host: host.name)
+def test_images_as_the_frames_of_a_video(family):
+    host = family()
+    model, prompt = host.make(), host.inputs([[3, "image", 1, "image", 2, "image", 4], [5, "image", 2, "image", 9]])
+    lengths = frames_a_row(host, model, prompt)
+    scores = [torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in lengths]
+    with tokred.patch(model, tokred.QuoTA(budget=7, frames="images")) as patch, patch.request(frame_scores=scores):
+        both = greedy(model, prompt.inputs)
+        videos = {step.sample: step for step in patch.trace.media}
+        assert torch.equal(both, greedy(model, prompt.inputs, cache_implementation="static"))
+        beams = greedy(model, prompt.inputs, num_beams=2)
+        assert beams.shape == both.shape
+    for row, step in videos.items():
+        assert step.layout.kind == "video"
+        assert step.layout.partitions == lengths[row]
+        expected = [math.prod(grid_shape(n, *step.layout.grid)) if n else 0 for n in shares(scores[row])]
+        assert step.per_partition == expected
+        single = host.inputs([prompt.rows[row]], first_row=row)
+        with tokred.patch(model, tokred.QuoTA(budget=7, frames="images", scorer=scores[row])):
+            assert torch.equal(greedy(model, single.inputs), both[row : row + 1])
+
+
+def shares(scores: torch.Tensor) -> list[int]:
+    return allocate(scores, 7, min_tokens=min(1, 7 // len(scores))).tolist()  # text stands between the frames
+
+
+def frames_a_row(host: Any, model: Any, prompt: Any) -> list[int]:
+    with tokred.patch(model, tokred.RandomTokens(budget=1)) as patch:
+        logits(model, prompt.inputs)
+        rows = [step.sample for step in patch.trace.media]
+    return [rows.count(row) for row in sorted(set(rows))]
+
+
+def test_one_image_alone_is_no_video():
+    host = Llava()
+    model, prompt = host.make(), host.inputs([[3, "image", 4]])
+    before = logits(model, prompt.inputs)
+    with tokred.patch(model, tokred.QuoTA(budget=7, frames="images", scorer=torch.rand(1))):
+        assert torch.equal(logits(model, prompt.inputs), before)

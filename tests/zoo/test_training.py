@@ -39,4 +39,4 @@ def test_average_lags_behind_and_is_written_back() -> None:
         module.weight.fill_(1.0)
     average.update()  # early steps forget faster: decay min(.5, 1 / 10)
     average.copy_to(module)
-    assert float(module.weight) == pytest.approx(0.9)
+    assert module.weight.item() == pytest.approx(0.9)

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tokred.adapters.logical_cache import Reduced, physical_length, reduced_state, set_reduced
+from tokred.adapters.prompt_rows import Built, Item, Row, join_images, place_items
 from tokred.adapters.swap import swap_class, unswap_class
 from tokred.adapters.towers import Seen
 from tokred.adapters.visual_source import GroupSource, Request, make_request
-from tokred.adapters.vlm_families import FAMILIES, check_tower, family_of, sizes_of
+from tokred.adapters.vlm_families import FAMILIES, check_tower, family_of
 from tokred.core.budget import check_choice
 from tokred.core.encoded import Encoded
 from tokred.core.errors import (
@@ -67,6 +68,7 @@ class HFVLMHost(Host):
     refusals: ClassVar[dict[str, str]] = {
         "prefill_chunk_size": "chunks of a prompt would be reduced one by one, as if each were the whole",
         "assistant_model": "the assistant would have to see the same reduced prompt (also prompt_lookup_num_tokens)",
+        "generate_batch": "its paged cache counts the tokens of the prompt by itself",
         "positions='compact' on Qwen-VL": "its positions are places in time and space, which a survivor keeps",
         "right padding in generate": "the next token would be predicted from padding, patched or not",
         "Pixtral": "a Pixtral tower packs images of many sizes into one sequence without a grid of their own",
@@ -162,6 +164,7 @@ class _Thread(threading.local):
         self.made: dict[str, Seen] = {}  # in the inner forward that runs now, by media
         self.frames: list[Frame] = []
         self.request: Request | None = None
+        self.prompt: Tensor | None = None  # the ids of the `generate` that runs now
         self.known_mask: tuple[Tensor | None] | None = None  # (B, keys), as `generate` had it before it made a 4-D one
         self.generation: object | None = None  # the `generate` that runs now; all its passes choose the same tokens
         self.encoding = False  # whether the pass ends before the language model
@@ -347,11 +350,11 @@ class VisualSession:
         """A pass on a cache that holds a reduced prompt: masks and positions of the columns that are there."""
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         mask = given.get("attention_mask")
-        physical = _length(frame.cache) + tokens.shape[1]
-        frame.types = state.translate_types(frame.types, physical + state.removed)
         if frame.types is not None:
-            given["token_type_ids"] = frame.types
+            total = _length(frame.cache) + tokens.shape[1] + state.removed
+            given["token_type_ids"] = frame.types = state.translate_types(frame.types, total)
         if (mask is None and not state.whole) or (isinstance(mask, Tensor) and mask.dim() == 2):
+            physical = _length(frame.cache) + tokens.shape[1]
             if mask is None or mask.shape[1] == physical + state.removed:
                 given["attention_mask"] = state.translate(mask, physical + state.removed)
             elif mask.shape[1] != physical:
@@ -422,7 +425,9 @@ class VisualSession:
                     "another model), so what the vision tower saw is unknown; pass pixel values, or encode with "
                     f"model.model.get_{media}_features() while the model is patched"
                 )
-            items += _place(media, seen, self.parts.layouts(seen), columns)
+            items += place_items(media, seen, self.parts.layouts(seen), columns)
+        if self.method.joins_images:
+            items = join_images(items)
         items.sort(key=lambda item: (item.row, int(item.columns[0])))
         return items
 
@@ -495,7 +500,6 @@ class VisualSession:
         width = max(one.columns.shape[0] for one in built)
         source = torch.zeros(batch, width, dtype=torch.long, device=embeds.device)
         real = torch.zeros(batch, width, dtype=torch.bool, device=embeds.device)
-        merged = embeds.new_zeros(batch, width, embeds.shape[2])
         back = torch.zeros(batch, length, dtype=torch.long, device=embeds.device)
         grid = torch.arange(length, device=embeds.device)
         parts = []
@@ -640,11 +644,13 @@ class VisualSession:
         given = {**given.get("kwargs", {}), **{k: v for k, v in given.items() if k != "kwargs"}}
         if self._has_media(given) or reduced_state(given.get("past_key_values")) is not None:
             self._check_generation(given)
-        before, self.thread.generation = self.thread.generation, object()
+        before = self.thread.generation, self.thread.prompt
+        ids = given.get("input_ids")
+        self.thread.generation, self.thread.prompt = object(), given.get("inputs") if ids is None else ids
         try:
             return function(*args, **kwargs)
         finally:
-            self.thread.generation = before
+            self.thread.generation, self.thread.prompt = before
 
     def _check_generation(self, given: Mapping[str, Any]) -> None:
         configs = (given.get("generation_config"), getattr(self.host.outer, "generation_config", None))
@@ -687,15 +693,18 @@ class VisualSession:
             state.armed = False
 
     def room(self, given: Mapping[str, Any]) -> int:
-        """Columns that a static cache needs beyond those of the prompt: methods may enlarge images."""
-        outputs = given.get("mm_encoder_outputs") or {}
-        extra = 0
-        for media in self.parts.medias:
+        """Columns that a static cache needs beyond those of the prompt: methods may enlarge what they resize."""
+        outputs, ids = given.get("mm_encoder_outputs") or {}, self.thread.prompt
+        extra: dict[int, int] = {}
+        for media in self.parts.medias if ids is not None else ():
             seen = getattr(outputs.get(media), "_tokred_seen", None)
-            if seen is not None:
-                layouts = self.parts.layouts(seen)
-                extra += sum(max(0, self.method.largest(layout) - len(layout.slots)) for layout in layouts)
-        return extra
+            if seen is None:
+                continue
+            items = place_items(media, seen, self.parts.layouts(seen), self._columns(media, ids, None))
+            for item in join_images(items) if self.method.joins_images else items:
+                more = self.method.largest(item.layout) - len(item.layout.slots)
+                extra[item.row] = extra.get(item.row, 0) + max(0, more)
+        return max(extra.values(), default=0)
 
     @contextlib.contextmanager
     def request(self, **given: Any) -> Iterator[None]:
@@ -706,152 +715,6 @@ class VisualSession:
             yield
         finally:
             self.thread.request = before
-
-
-@dataclass
-class Item:
-    """One image or video in a pass: `index` counts the items of its media that were encoded (beams repeat them)."""
-
-    media: str
-    index: int
-    row: int
-    layout: MediaLayout
-    columns: Tensor  # (slots,)
-    seen: Seen
-
-    @property
-    def cell_columns(self) -> Tensor:
-        """(n,) columns of the prunable tokens."""
-        slots = torch.tensor(self.layout.slots)
-        return self.columns[(slots >= 0).to(self.columns.device)]
-
-    def fixed_columns(self, row_ends: bool, end: bool) -> Tensor:
-        """Columns that stay on request: the end of the media, and row ends."""
-        return self.slot_columns(*[MediaLayout.END] * end, *[MediaLayout.NEWLINE] * row_ends)
-
-    def slot_columns(self, *kinds: int) -> Tensor:
-        """Columns of the placeholders of these kinds."""
-        found = torch.tensor([slot in kinds for slot in self.layout.slots], dtype=torch.bool)
-        return self.columns[found.to(self.columns.device)]
-
-
-@dataclass
-class Built:
-    """The new sequence of one row.
-
-    Attributes:
-        keys: (L,) int64, the original column at whose place each token stands, ascending.
-        columns: (L,) int64, the original column whose position it takes. embeds: (L, D).
-        owner: (L,) int64, the item of each token, -1 for text.
-        items: the items with the tokens that were taken of each, (m,) positions in the view (-1: of none).
-        further: makes deepstack rows (those of the whole batch, numbered by `numbers`) of the visual tokens, in order.
-    """
-
-    keys: Tensor
-    columns: Tensor
-    embeds: Tensor
-    owner: Tensor
-    items: list[tuple[Item, Tensor]]
-    further: Callable[[Tensor, Tensor], Tensor]
-
-
-class Row:
-    """One row of the batch while it is rebuilt."""
-
-    def __init__(self, text: Tensor, embeds: Tensor) -> None:
-        self.old = embeds
-        self.keys = [text]
-        self.columns = [text]
-        self.embeds = [embeds[text]]
-        self.owner = [torch.full_like(text, -1)]
-        self.items: list[tuple[Item, Tensor]] = []
-        self.transfers: list[Callable[[Tensor, Tensor], Tensor]] = []
-
-    def add(self, item: Item, answer: Keep | Resample | None, row_ends: bool) -> None:
-        device = self.old.device
-        cells = item.cell_columns.to(device)
-        if answer is None:
-            self.items.append((item, torch.arange(cells.shape[0], device=device)))
-            self._plain(item.columns.to(device))
-            return
-        taken = answer.indices[0] if isinstance(answer, Keep) else answer.sources
-        self.items.append((item, taken.to(device)))
-        # first, for new tokens stand where the media begins, and of two at one place the earlier comes first
-        self._plain(item.slot_columns(MediaLayout.CLASS).to(device))
-        if isinstance(answer, Keep):
-            self._plain(cells[taken.to(device)])
-        else:
-            self._new(item, answer, cells)
-        end = answer.keep_end if isinstance(answer, Resample) else True
-        self._plain(item.fixed_columns(row_ends, end).to(device))
-
-    def _plain(self, columns: Tensor) -> None:
-        self._append(columns, columns, self.old[columns])
-        self.transfers.append(lambda rows, numbers: rows[numbers[columns]])
-
-    def _new(self, item: Item, answer: Resample, cells: Tensor) -> None:
-        """New tokens stand, in the order given, at the place of their source, or as far on as the one before them."""
-        sources = answer.sources.to(cells.device)
-        columns = cells[sources.clamp_min(0)]
-        # a token of no source stands with the one before it (a newline), at first with the first cell (a class token)
-        place = torch.where(sources >= 0, columns, item.columns[0].to(cells.device))
-        place = place.cummax(0).values if place.numel() else place
-        self._append(place, columns, answer.features.to(self.old))
-        transfer = answer.transfer
-
-        def further(rows: Tensor, numbers: Tensor) -> Tensor:
-            old = rows[numbers[cells]]
-            return transfer(old) if transfer is not None else old[sources.clamp_min(0)]
-
-        self.transfers.append(further)
-
-    def _append(self, keys: Tensor, columns: Tensor, embeds: Tensor) -> None:
-        self.keys.append(keys)
-        self.columns.append(columns)
-        self.embeds.append(embeds)
-        self.owner.append(torch.full_like(keys, len(self.items) - 1))
-
-    def build(self) -> Built:
-        keys, order = torch.cat(self.keys).sort(stable=True)
-        owner = torch.cat(self.owner)[order]
-        text = self.keys[0].shape[0]
-        transfers = list(self.transfers)
-
-        def further(rows: Tensor, numbers: Tensor) -> Tensor:
-            parts = [transfer(rows, numbers) for transfer in transfers]
-            joined = torch.cat(parts) if parts else rows[:0]
-            return joined[order[owner >= 0].to(rows.device) - text]
-
-        return Built(keys, torch.cat(self.columns)[order], torch.cat(self.embeds)[order], owner, self.items, further)
-
-
-def _place(media: str, seen: Seen, layouts: list[MediaLayout], columns: Tensor) -> list[Item]:
-    """Find each item's row and columns; rows that generate repeated share the items."""
-    sizes, total, batch = sizes_of(layouts), int(columns.sum()), columns.shape[0]
-    own = sum(sizes)
-    repeats = total // own if own else 0
-    if own == 0 or repeats * own != total or batch % max(repeats, 1):
-        raise RequestError(
-            f"the prompt has {total} {media} placeholders, but the encoder made {own} features "
-            f"for {len(sizes)} {media}s; both must come from one call of the processor"
-        )
-    items, index, place = [], 0, 0
-    counts = columns.sum(1).tolist()
-    for group in range(batch // repeats):
-        rows = range(group * repeats, (group + 1) * repeats)
-        where = [columns[row].nonzero()[:, 0] for row in rows]
-        place = 0
-        while place < counts[rows[0]]:
-            end = place + sizes[index]
-            if end > counts[rows[0]]:
-                raise RequestError(
-                    f"row {rows[0]} of the batch has {counts[rows[0]]} {media} placeholders, which the sizes of its "
-                    f"{media}s ({sizes[: index + 1]}) do not add up to"
-                )
-            for row, found in zip(rows, where, strict=True):
-                items.append(Item(media, index, row, layouts[index], found[place:end], seen))
-            place, index = end, index + 1
-    return items
 
 
 def _length(cache: Any) -> int:
@@ -906,11 +769,17 @@ def _outer_class(base: type) -> dict[str, Any]:
     @functools.wraps(make_cache)
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(make_cache).bind(self, *args, **kwargs)
-        bound.arguments["max_cache_length"] += self._tokred_visual.room(bound.arguments["model_kwargs"])
+        if "max_cache_length" in bound.arguments:
+            bound.arguments["max_cache_length"] += self._tokred_visual.room(bound.arguments["model_kwargs"])
         return make_cache(*bound.args, **bound.kwargs)
+
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = HFVLMHost.refusals["generate_batch"]
+        raise UnsupportedGenerationError(f"generate_batch() is refused on a patched multimodal model: {reason}")
 
     return {
         "generate": generate,
+        "generate_batch": generate_batch,
         "prepare_inputs_for_generation": prepare_inputs_for_generation,
         "_prepare_cache_for_generation": _prepare_cache_for_generation,
     }

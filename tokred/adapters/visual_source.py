@@ -131,7 +131,7 @@ class GroupSource:
         if isinstance(self.session.tower, QwenTower):
             cells = self.layout.total_cells
             starts = list(itertools.accumulate((one.total_cells for one in self._layouts()), initial=0))
-            picked = [found[starts[item.index] : starts[item.index] + cells] for item in self.members]
+            picked = [found[starts[item.index] : starts[item.index] + cells] for item in self.members]  # joined or not
             return torch.stack(picked).unflatten(1, (self.layout.partitions, -1)).transpose(2, 3)
         return self._split(found)
 
@@ -141,7 +141,7 @@ class GroupSource:
     def _split(self, tiles: Tensor) -> Tensor:
         """(all tiles, ...) -> (G, P, ...)."""
         starts = list(itertools.accumulate(self.session.parts.tiles(self.seen), initial=0))
-        return torch.stack([tiles[starts[item.index] : starts[item.index + 1]] for item in self.members])
+        return torch.stack([tiles[starts[item.index] : starts[item.index + item.span]] for item in self.members])
 
     def _to_cells(self, values: Tensor, total: bool = True) -> Tensor:
         """Values (..., N') of the tower's own cells -> (..., N) of the layout's: the sum (or mean) over each."""
@@ -174,7 +174,7 @@ class GroupSource:
         row = self.members[item].row
         given = None if self.request is None else self.request.query
         if given is not None:
-            return given if isinstance(given, str) else self._pick("query", given, row, self.embeds.shape[0], "sample")
+            return given if isinstance(given, str) else self._of_sample("query", given, row)
         processor = self.session.processor
         if processor is None or self.ids is None:
             name = type(self.session.method).__name__
@@ -193,7 +193,7 @@ class GroupSource:
     def frames(self, item: int) -> Tensor:
         given = None if self.request is None else self.request.frames
         if given is not None:
-            chosen = given if _is_video(given) else self._pick("frames", given, *self._place(item), "video")
+            chosen = given if _is_video(given) else self._of_item("frames", given, item)
             frames = torch.as_tensor(_stack(chosen))
             if frames.shape[0] < self.layout.partitions:
                 raise RequestError(
@@ -207,7 +207,9 @@ class GroupSource:
                 "processor=processor), which undoes the normalisation, or with patch.request(frames=...): ..., or give "
                 "the scores themselves: patch.request(frame_scores=...), or scorer= a tensor of them"
             )
-        return self.session.parts.pictures(self.seen, self.members[item].index, self._unscale)
+        first, span = self.members[item].index, self.members[item].span
+        pictures = [self.session.parts.pictures(self.seen, first + i, self._unscale) for i in range(span)]
+        return torch.cat(pictures)
 
     def frame_scores(self, item: int) -> Tensor | None:
         given = None if self.request is None else self.request.frame_scores
@@ -216,11 +218,20 @@ class GroupSource:
         flat = torch.as_tensor(given) if isinstance(given, Tensor) or _numbers(given) else None
         if flat is not None and flat.dim() == 1:
             return flat
-        return torch.as_tensor(self._pick("frame_scores", given, *self._place(item), self.layout.kind))
+        return torch.as_tensor(self._of_item("frame_scores", given, item))
 
-    def _place(self, item: int) -> tuple[int, int]:
-        """Which item of its media this is, of how many."""
-        return self.members[item].index, len(self._layouts())
+    def _of_item(self, name: str, given: Sequence[Any], item: int) -> Any:
+        """What was given for a video; a video made of images is the one of its sample."""
+        one = self.members[item]
+        if one.span > 1:
+            return self._of_sample(name, given, one.row)
+        return self._pick(name, given, one.index, len(self._layouts()), self.layout.kind)
+
+    def _of_sample(self, name: str, given: Sequence[Any], row: int) -> Any:
+        """What was given for a row of the batch, which `generate` may have repeated (beams)."""
+        rows = self.embeds.shape[0]
+        repeats = rows // len(given) if len(given) and rows % len(given) == 0 else 1
+        return self._pick(name, given, row // repeats, rows // repeats, "sample")
 
     def _pick(self, name: str, given: Sequence[Any], index: int, count: int, what: str) -> Any:
         if len(given) == 1:

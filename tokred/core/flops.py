@@ -105,8 +105,11 @@ def prompt_macs(info: PromptInfo, sites: Sequence[str], *methods: Method) -> Flo
     kept = slots
     for method in visual:
         method.needs(info.tower)  # refuses a tower that cannot give what it needs
-        kept = sum(_leaving(method, layout) for layout in info.layouts)
-        scoring += sum(method.scoring_macs(info.tower, layout, info.decoder.dim) for layout in info.layouts)
+        images = [layout for layout in info.layouts if layout.kind == "image"]
+        joined = MediaLayout.as_video(images) if method.joins_images and images else None
+        layouts = info.layouts if joined is None else (joined, *(x for x in info.layouts if x.kind != "image"))
+        kept = sum(_leaving(method, layout) for layout in layouts)
+        scoring += sum(method.scoring_macs(info.tower, layout, info.decoder.dim) for layout in layouts)
     return Flops(
         vision=vision,
         llm=info.decoder.macs(info.text + kept),

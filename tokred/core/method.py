@@ -135,12 +135,14 @@ class VisualMethod(Method):
         positions: "compact" numbers the survivors 0, 1, ...; "original" leaves each its position; None is the
             method's own rule (`own_positions`), and "original" on hosts whose positions are places in space and time.
         keep_newline: whether the tokens that end rows (LLaVA-NeXT) stay, on top of the budget.
+        joins_images: whether the images of a prompt are given to it as the frames of one video.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("VisualFeatures",)
     own_positions: ClassVar[Literal["compact", "original"]] = "compact"
     positions: Literal["compact", "original"] | None = None
     keep_newline: bool = False
+    joins_images: bool = False
 
     def needs(self, tower: TowerInfo) -> Needs:
         """What the host must capture of the vision tower; refuse a tower that cannot give it."""

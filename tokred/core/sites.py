@@ -247,6 +247,17 @@ class MediaLayout:
     merge: int = 1
     uniform: bool = True
 
+    @classmethod
+    def as_video(cls, images: Sequence[MediaLayout]) -> MediaLayout | None:
+        """The layout of several images read as the frames of one video; None if they are not of one plain grid."""
+        first = images[0]
+        alike = all(image == first and image.partitions == 1 and min(image.slots) >= 0 for image in images)
+        if len(images) < 2 or not alike:
+            return None
+        n = first.cells_per_partition
+        slots = tuple(frame * n + slot for frame in range(len(images)) for slot in first.slots)
+        return cls(kind="video", partitions=len(images), grid=first.grid, slots=slots, merge=first.merge)
+
     @property
     def cells_per_partition(self) -> int:
         """N, cells of one partition."""

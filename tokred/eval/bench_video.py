@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import platform
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,6 @@ from tokred.eval.report import accuracy_plot, curves, dumps, percent, signed, st
 from tokred.eval.speed import pairs
 from tokred.eval.vision import paired, side_by_side
 from tokred.eval.vlm import (
-    DECODED,
     Answered,
     Call,
     Row,
@@ -40,6 +38,7 @@ from tokred.eval.vlm import (
     choosers,
     judged,
     load,
+    machine,
     patched,
     prompt_info,
     refuse,
@@ -113,14 +112,7 @@ def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
         "model": MODEL,
         "weights": weights,
         "scenes": {"count": len(kinds), "split": options.split, "seed": options.seed, "frames": CLIP_FRAMES},
-        "machine": {
-            "torch": torch.__version__,
-            "processor": platform.machine(),
-            "accuracy_threads": options.threads,
-            "speed_threads": torch.get_num_threads(),
-            "speed_pairs": options.rounds,
-            "decoded_tokens": DECODED,
-        },
+        "machine": machine(options),
         "rows": _measured(rows, answered, kinds, timed, setup, one.inputs),
     }
     results["files"] = _pictures(results, rows, setup, one, options.out)
@@ -135,7 +127,7 @@ def _load(checkpoint: Path | None) -> tuple[Setup, dict[str, Any]]:
     from tokred.zoo.digit_clip import digit_clip
     from tokred.zoo.digit_vlm import FOLDER, digit_video_vlm
 
-    (model, processor), weights = load(digit_video_vlm, checkpoint, FOLDER)
+    (model, processor), weights = load(digit_video_vlm, checkpoint, FOLDER, "config.json")
     (scoring, preprocess, tokenizer), scorer_weights = load(digit_clip, None, SCORER)
     scorer = OpenClipScorer(scoring, preprocess=preprocess, tokenizer=tokenizer)
     return Setup(model, processor, scorer), {**weights, "scorer": scorer_weights}
@@ -404,7 +396,7 @@ def _pictures(results: Mapping[str, Any], rows: Sequence[Row], setup: Setup, one
         cost="visual tokens that the language model reads",
         of="clips",
         whole=full["label"],
-        doubling=True,
+        ticks=[*levels, full["visual_tokens"]],
     )
     return {name: str(path) for name, path in files.items()}
 

@@ -6,7 +6,6 @@ choice of as many. Answers are those of `generate`, compared exactly.
 
 from __future__ import annotations
 
-import platform
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from tokred.eval.report import Panel, accuracy_plot, contact_sheet, curves, dump
 from tokred.eval.speed import pairs
 from tokred.eval.vision import BATCH, paired, side_by_side
 from tokred.eval.vlm import (
-    DECODED,
     Answered,
     Call,
     Row,
@@ -32,6 +30,7 @@ from tokred.eval.vlm import (
     choosers,
     judged,
     load,
+    machine,
     patched,
     prompt_info,
     refuse,
@@ -67,15 +66,17 @@ def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
     """Measure, write the pictures and results.json into `options.out`, and return the results (JSON types)."""
     what = "tokred bench --task vqa"
     require("demo,transformers", "transformers", "torchvision", "sklearn", "skimage", "matplotlib", "tqdm", what=what)
+    from tokred.data.questions import QuestionScenes
     from tokred.zoo.digit_vlm import FOLDER, digit_vlm
 
     began = time.perf_counter()
     refuse(options, "vqa", "ablate")
     options.check_split()
-    (model, processor), weights = load(digit_vlm, options.checkpoint, FOLDER)
-    batches = _questions(options, progress)
-    one = _inputs(processor, batches[0], 1)
+    (model, processor), weights = load(digit_vlm, options.checkpoint, FOLDER, "config.json")
+    scenes = QuestionScenes(options.split, options.seed)
+    one = _inputs(processor, scenes.batch(0, 1))
     rows = _rows(options, model, one)  # settings that do not fit are refused before anything is measured
+    batches = _drawn(scenes, options.scenes or TASK.scenes, progress)
     options.out.mkdir(parents=True, exist_ok=True)
     answered = _answers(model, processor, rows, batches, options, progress)
     timed = _timed(model, processor, rows, one, options.rounds, progress)
@@ -84,14 +85,7 @@ def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
         "model": MODEL,
         "weights": weights,
         "scenes": {"count": sum(map(_size, batches)), "split": options.split, "seed": options.seed},
-        "machine": {
-            "torch": torch.__version__,
-            "processor": platform.machine(),
-            "accuracy_threads": options.threads,
-            "speed_threads": torch.get_num_threads(),
-            "speed_pairs": options.rounds,
-            "decoded_tokens": DECODED,
-        },
+        "machine": machine(options),
         "rows": _measured(rows, answered, timed, batches, model, one),
     }
     results["files"] = _pictures(results, rows, model, processor, batches[0], options.out)
@@ -104,12 +98,9 @@ def _size(batch: Any) -> int:
     return len(batch.answers)
 
 
-def _questions(options: BenchOptions, progress: Progress) -> list[Any]:
-    from tokred.data.questions import QuestionScenes
-
-    count = options.scenes or TASK.scenes
+def _drawn(scenes: Any, count: int, progress: Progress) -> list[Any]:
+    """The first `count` scenes with their questions, in batches."""
     progress.start("drawing scenes", count, "scenes")
-    scenes = QuestionScenes(options.split, options.seed)
     batches = []
     for start in range(0, count, BATCH):
         batches.append(scenes.batch(start, min(BATCH, count - start)))
@@ -262,11 +253,6 @@ def _cells(row: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
     ]
 
 
-def _middle(results: Mapping[str, Any]) -> int:
-    levels = sorted({row["level"] for row in results["rows"] if row["level"] is not None})
-    return levels[len(levels) // 2]
-
-
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +260,8 @@ def _pictures(
     results: Mapping[str, Any], rows: Sequence[Row], model: Any, processor: Any, batch: Any, out: Path
 ) -> dict[str, str]:
     files = {"results": out / "results.json", "kept": out / "kept.png", "plot": out / "accuracy_vs_tokens.png"}
-    shown = [row for row in rows if row.tokens == _middle(results)]
+    levels = sorted({row.tokens for row in rows if row.tokens is not None})
+    shown = [row for row in rows if row.tokens == levels[len(levels) // 2]]
     _kept(shown, model, processor, batch).save(files["kept"])
     full, scenes = results["rows"][0], results["scenes"]
     accuracy_plot(
@@ -286,7 +273,7 @@ def _pictures(
         cost="visual tokens that the language model reads",
         of="questions",
         whole="unreduced",
-        doubling=True,
+        ticks=[*levels, full["visual_tokens"]],
     )
     return {name: str(path) for name, path in files.items()}
 

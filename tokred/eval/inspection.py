@@ -76,7 +76,7 @@ def load_subject(
     """Load a model by name.
 
     Args:
-        name: a bundled model (`tokred.zoo.names()`), a timm architecture, or ``hf:`` and the id or path of a
+        name: "digit-vit" (bundled), a timm architecture, or ``hf:`` and the id or path of a
             transformers vision model.
         pretrained: with timm's released weights (downloads them). Otherwise they are random, from seed 0.
         checkpoint: weights for the architecture (safetensors, or a state dict that torch reads).
@@ -94,9 +94,8 @@ def load_subject(
             )
         return _transformers(name)
     require("timm", "timm", "torchvision", what=f"the model {name!r}")
-    from tokred import zoo
 
-    if name in zoo.names():
+    if name == "digit-vit":
         if pretrained or image_size is not None:
             raise InvalidParameterError(f"{name} is bundled with its weights and has one size; leave the option away")
         return _bundled(name, checkpoint)
@@ -119,13 +118,11 @@ def _bundled(name: str, checkpoint: Path | None) -> Subject:
 def _timm(name: str, pretrained: bool, checkpoint: Path | None, image_size: int | None) -> Subject:
     import timm
 
-    from tokred.zoo import names
-
     base = name.removeprefix("timm/").split(".")[0]
     if not timm.is_model(base):
-        known = [*names(), *timm.list_models()]
+        known = ["digit-vit", *timm.list_models()]
         raise InvalidParameterError(
-            f"no model {name!r}{nearest(base, known)}: a bundled model ({', '.join(names())}), a timm architecture, or "
+            f"no model {name!r}{nearest(base, known)}: expected the bundled digit-vit, a timm architecture, or "
             "hf:<id or path>"
         )
     torch.manual_seed(0)  # random weights are the same ones every time

@@ -213,11 +213,11 @@ def accuracy_plot(
     cost: str = "GMACs per image (multiply-adds, scoring included)",
     of: str = "scenes",
     whole: str = "unpatched",
-    doubling: bool = False,
+    ticks: Sequence[float] = (),
 ) -> None:
     """Plot accuracy against cost; bars are one standard error, accuracies are fractions.
 
-    `cost` and `of` name the axes, `whole` the point without reduction; `doubling` spaces costs by their logarithm.
+    `cost` and `of` name the axes, `whole` the point without reduction; `ticks` are marks of a logarithmic axis.
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no screen
 
@@ -235,10 +235,9 @@ def accuracy_plot(
         _plot(axes, curve.points, color=colour, label=curve.label, **style)
         if curve.floor:
             _plot(axes, curve.floor, color=colour, label=f"{curve.label}: random twin", **dashed)
-    if doubling:
-        ticks = sorted({most, *(x for curve in curves for x, _, _ in curve.points)})
+    if ticks:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
     axes.set_xlabel(cost)
     axes.set_ylabel(f"accuracy on held-out {of}, %")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ __all__ = [
     "choosers",
     "judged",
     "load",
+    "machine",
     "patched",
     "prompt_info",
     "refuse",
@@ -88,22 +90,36 @@ def refuse(options: BenchOptions, task: str, *unused: str) -> None:
             raise InvalidParameterError(f"--{name}: the task {task} does not take it")
 
 
-def load(function: Callable[[Path], Any], given: Path | None, bundled: Path) -> tuple[Any, dict[str, Any]]:
+def load(function: Callable[[Path], Any], given: Path | None, bundled: Path, *files: str) -> tuple[Any, dict[str, Any]]:
     """``function(folder)`` of bundled or given weights, and where they come from.
 
     Raises:
-        FileNotFoundError: no weights in the folder. InvalidParameterError: they do not fit.
+        FileNotFoundError: the folder lacks the weights or one of `files` (without a config, transformers would build
+            a model of its default size). InvalidParameterError: they cannot be read.
     """
     folder = given or bundled
     path = folder / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+    for needed in (*(folder / name for name in files), path):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no weights of such a model in {folder}: {needed.name} is missing")
     try:
         found = function(folder)
     except Exception as error:
-        raise InvalidParameterError(f"{folder} does not hold such weights: {str(error).splitlines()[0]}") from error
+        raise InvalidParameterError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return found, {"file": str(folder) if given else f"{folder.name}/{path.name}", "sha256": digest}
+
+
+def machine(options: BenchOptions) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "torch": torch.__version__,
+        "processor": platform.machine(),
+        "accuracy_threads": options.threads,
+        "speed_threads": torch.get_num_threads(),
+        "speed_pairs": options.rounds,
+        "decoded_tokens": DECODED,
+    }
 
 
 def prompt_info(model: nn.Module, inputs: Mapping[str, Any]) -> PromptInfo:

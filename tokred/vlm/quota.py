@@ -46,6 +46,9 @@ class QuoTA(VisualMethod):
             (Qwen3-VL's timestamps), so that no timestamp is left without a frame.
         cap_mode: how what exceeds the limit is handed on: "official" (one pass, underspends) or "waterfill".
         reduce: of the scores of the frames that a model joins into one (Qwen: 2), "max" or "mean".
+        frames: "video" acts on the videos of a prompt; "images" reads its images as the frames of one video (for models
+            without video placeholders: InternVL, whose processor writes videos so, LLaVA, Gemma 3). They must be of
+            one size and one tile.
         newline: "host" packs as the host does, "grid" puts the model's newline behind every row (LLaVA-Video).
         positions: "compact" or "original"; None is compact, and original where positions are places (Qwen).
     """
@@ -59,6 +62,7 @@ class QuoTA(VisualMethod):
     min_tokens_per_frame: int | None = None
     cap_mode: CapMode = "official"
     reduce: Literal["max", "mean"] = "max"
+    frames: Literal["video", "images"] = "video"
     newline: Literal["host", "grid"] = "host"
     positions: Literal["compact", "original"] | None = None
 
@@ -71,6 +75,7 @@ class QuoTA(VisualMethod):
         check_choice("shrink", self.shrink, SHRINK_MODES)
         check_choice("cap_mode", self.cap_mode, ("official", "waterfill"))
         check_choice("reduce", self.reduce, ("max", "mean"))
+        check_choice("frames", self.frames, ("video", "images"))
         check_choice("newline", self.newline, ("host", "grid"))
         check_choice("positions", self.positions, ("compact", "original", None))
         frame_weights([1.0], self.power)  # refuses a power out of range
@@ -93,6 +98,10 @@ class QuoTA(VisualMethod):
                     f"QuoTA({field}=...) holds an object, which JSON cannot; write QuoTA without it and give it again"
                 )
         return super().to_dict()
+
+    @property
+    def joins_images(self) -> bool:  # type: ignore[override]
+        return self.frames == "images"
 
     def needs(self, tower: TowerInfo) -> Needs:
         return Needs(dense=True, pixels=not isinstance(self.scorer, Tensor))
