@@ -12,10 +12,13 @@ Weights are random: speed does not depend on them.
 A round runs the model unpatched and at each budget, moments apart, in an order that turns around from round to round; a
 line is the median of the paired ratios with its 95 % interval (order statistics). The limit is the ratio of
 multiply-adds, scoring not counted: of the language model by default, of the whole model for 7b. Both halves of a pair
-use the same attention kernel (sdpa). By default the time is that of the language model's layers and, in a reduced run,
-of what was "added": what it takes outside these layers more than the unpatched run beside it (scores of the tower,
-selection, gathering, restoring the length). For 7b it is the whole call. ``--clock cpu`` counts processor time of the
-one thread, which holds where other jobs share the core; the wall's ratio, of whole calls, is printed beside it.
+use the same attention kernel (sdpa). It is causal and skips half of the products that are counted; an unreduced prompt
+has more of them, so the true limit is lower.
+
+By default the time is that of the language model's layers and, in a reduced run, of what was "added": what it takes
+outside these layers more than the unpatched run beside it (scores of the tower, selection, gathering, restoring the
+length). For 7b it is the whole call. ``--clock cpu`` counts processor time of the one thread, which holds where other
+jobs share the core; the wall's ratio, of whole calls, is printed beside it.
 
 Targets: 95 % of the limit (met when the interval reaches it), added time below 2 % of the reduced prefill.
 """
@@ -304,10 +307,10 @@ def _line(one: dict) -> str:
     return f"{start}{middle}{end}{', '.join(notes)}"
 
 
-def result_file(size: str, name: str) -> Path:
-    """benchmarks/results/vlm-<machine>.txt."""
+def result_file(size: str, device: str, name: str) -> Path:
+    """benchmarks/results/vlm-<size>-<device>-<machine>.txt."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.split(",")[0].lower()).strip("-")
-    return RESULTS / f"vlm-{'7b-' if size == '7b' else ''}{slug}.txt"
+    return RESULTS / f"vlm-{'7b-' if size == '7b' else ''}{device.partition(':')[0]}-{slug}.txt"
 
 
 def parse() -> argparse.Namespace:
@@ -350,7 +353,7 @@ def main() -> None:
     if given.save:
         command = f"$ OMP_NUM_THREADS=1 python benchmarks/vlm.py --size {given.size} --clock {given.clock}"
         date = time.strftime("%Y-%m-%d", time.gmtime())
-        result_file(given.size, result["machine"]).write_text(
+        result_file(given.size, given.device, result["machine"]).write_text(
             f"{command} --pairs {given.pairs}     ({date})\n\n{as_text(result)}\n"
         )
 

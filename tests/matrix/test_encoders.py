@@ -104,7 +104,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_every_method_and_every_host_has_a_row():
     ours = {name: cls for name, cls in registered().items() if cls.__module__.startswith("tokred.")}
     assert {name for name, cls in ours.items() if "EncoderBlock" in cls.sites} == set(SETTINGS)
-    assert {record.family for record in hosts() if "EncoderBlock" in record.sites} == set(MODELS)
+    # multimodal models hand such methods to the host of their tower; tests/matrix/test_vlm.py has them
+    own = [record for record in hosts() if "EncoderBlock" in record.sites and "VisualFeatures" not in record.sites]
+    assert {record.family for record in own} == set(MODELS)
     claims = compatibility()
     assert all(claims[name][family] for family, _, name in PAIRS)
 
