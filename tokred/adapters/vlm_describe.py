@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokred.adapters.towers import PlainTower, Seen
+from tokred.adapters.towers import PlainTower, QwenTower, Seen
 from tokred.core.errors import InvalidParameterError, UnsupportedModelError
 from tokred.core.sites import DecoderInfo, MediaLayout, PromptInfo
 
@@ -22,51 +23,53 @@ def describe_prompt(host: Any, given: object) -> PromptInfo:
     """Describe one prompt of `host` (an `HFVLMHost`), see `tokred.flops`."""
     parts = host.parts
     if isinstance(given, Mapping) and "input_ids" in given:
-        layouts, text = _from_inputs(parts, given)
+        calls, text = _from_inputs(parts, given)
     else:
-        layouts, text = _from_sizes(parts, given)
+        calls, text = _from_sizes(parts, given)
     tower = parts.make_tower()
-    cells = max((parts.tower_cells(layout) for layout in layouts), default=0)
     return PromptInfo(
-        layouts=tuple(layouts),
+        layouts=tuple(layout for _, layouts in calls for layout in layouts),
         text=text,
         tower=tower.info,
-        tower_macs=_tower_macs(parts, tower, cells),
-        projector_macs=_projector_macs(parts),
+        vision_macs=sum(_vision_macs(parts, tower, seen, layouts) for seen, layouts in calls),
         decoder=_decoder(parts.language_model),
         encoder=_encoder_info(host),
     )
 
 
-def _from_sizes(parts: Any, given: object) -> tuple[list[MediaLayout], int]:
+Call = tuple[Seen, list[MediaLayout]]
+
+
+def _from_sizes(parts: Any, given: object) -> tuple[list[Call], int]:
     sizes: dict[str, Any] = {} if given is None else {"image_size": given}
     if isinstance(given, Mapping):
         sizes = dict(given)
     unknown = [key for key in sizes if key not in _KEYS]
     if unknown:
         raise InvalidParameterError(f"sizes have the key {unknown[0]!r}; expected {', '.join(_KEYS)}, or input_ids")
-    layouts: list[MediaLayout] = []
+    calls: list[Seen] = []
     images = _sizes(parts, sizes.get("image_size")) if "image_size" in sizes or "video" not in sizes else []
     if images:
-        layouts += parts.layouts(_image_call(parts, images))
+        calls.append(_image_call(parts, images))
     if sizes.get("video") is not None:
         if "video" not in parts.medias:
             raise UnsupportedModelError(f"{type(parts.inner).__name__} takes no videos")
-        layouts += parts.layouts(_video_call(parts, tuple(int(n) for n in sizes["video"])))
-    return layouts, int(sizes.get("text_tokens", TEXT_TOKENS))
+        calls.append(_video_call(parts, tuple(int(n) for n in sizes["video"])))
+    return [(seen, parts.layouts(seen)) for seen in calls], int(sizes.get("text_tokens", TEXT_TOKENS))
 
 
-def _from_inputs(parts: Any, given: Mapping[str, Any]) -> tuple[list[MediaLayout], int]:
+def _from_inputs(parts: Any, given: Mapping[str, Any]) -> tuple[list[Call], int]:
     ids = given["input_ids"]
     if ids.shape[0] != 1:
         raise InvalidParameterError(f"inputs have {ids.shape[0]} prompts; multiply-adds are counted for one")
-    layouts: list[MediaLayout] = []
+    calls: list[Call] = []
     visual = torch.zeros_like(ids, dtype=torch.bool)
     for media in parts.medias:
         if given.get("pixel_values" if media == "image" else "pixel_values_videos") is not None:
-            layouts += parts.layouts(Seen(media, given))
+            seen = Seen(media, given)
+            calls.append((seen, parts.layouts(seen)))
             visual |= ids == parts.placeholder(media)
-    return layouts, int((~visual).sum())
+    return calls, int((~visual).sum())
 
 
 def _sizes(parts: Any, given: Any) -> list[tuple[int, int]]:
@@ -114,22 +117,61 @@ class _Output:
         self.last_hidden_state = last_hidden_state
 
 
-def _tower_macs(parts: Any, tower: Any, cells: int) -> int:
-    """Multiply-adds of one tile (or frame) of `cells` patches."""
-    blocks = tower.layers if isinstance(tower, PlainTower) else tower.blocks
-    tokens = cells + (tower.prefix if isinstance(tower, PlainTower) else 0)
-    dim = _square_width(blocks[0])
-    windows = getattr(parts.tower_module, "fullatt_block_indexes", None)
-    macs = 0
-    for index, block in enumerate(blocks):
-        reach = tokens
-        if windows is not None and index not in windows:
-            reach = min(tokens, (parts.tower_module.window_size // parts.patch) ** 2)
-        macs += tokens * _linear(block) + 2 * tokens * reach * dim
-    embed = sum(
-        m.weight.numel() for m in _embedding(parts.tower_module) if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))
-    )
-    return macs + cells * embed
+def _vision_macs(parts: Any, tower: Any, seen: Seen, layouts: list[MediaLayout]) -> int:
+    """Multiply-adds of tower and projector in one call."""
+    if isinstance(tower, QwenTower):
+        return sum(_qwen_macs(parts, tower, layout) for layout in layouts)
+    height, width = parts.pixels(seen).shape[-2:]
+    cells = (height // parts.patch) * (width // parts.patch)
+    tiles = sum(layout.partitions for layout in layouts)
+    projected = sum(_projected(parts, layout, cells) for layout in layouts)
+    return tiles * _tile_macs(parts, tower, cells) + projected * _projector_macs(parts)
+
+
+def _tile_macs(parts: Any, tower: PlainTower, cells: int) -> int:
+    """Multiply-adds of one tile (or frame) of `cells` patches in a plain tower, its pooling head included."""
+    tokens, dim = cells + tower.prefix, _square_width(tower.layers[0])
+    macs = cells * _embed_macs(parts) + len(tower.layers) * 2 * tokens * tokens * dim
+    macs += tokens * sum(_linear(block) for block in tower.layers)
+    if tower.head is not None:  # a probe reads all tokens
+        macs += 2 * dim * dim + 2 * tokens * dim * (dim + 1) + _linear(tower.head.mlp)
+    return macs
+
+
+def _projected(parts: Any, layout: MediaLayout, cells: int) -> int:
+    """Tokens of one image or video that go through the projector."""
+    if layout.kind == "video" and parts.pools_behind_projector:
+        return layout.partitions * cells
+    return layout.total_cells + layout.slots.count(MediaLayout.CLASS)
+
+
+def _qwen_macs(parts: Any, tower: QwenTower, layout: MediaLayout) -> int:
+    """Multiply-adds of one image or video: attention stays inside a frame, in some layers inside windows."""
+    module, merge = parts.tower_module, layout.merge
+    rows, columns, frames = layout.grid[0] * merge, layout.grid[1] * merge, layout.partitions
+    tokens, dim = frames * rows * columns, _square_width(tower.blocks[0])
+    whole, windowed = frames * (rows * columns) ** 2, 0
+    full = getattr(module, "fullatt_block_indexes", range(len(tower.blocks)))
+    if hasattr(module, "window_size"):
+        grid = torch.tensor([[frames, rows, columns]])
+        _, bounds = sys.modules[type(module).__module__].get_vision_window_index(
+            grid,
+            spatial_merge_size=module.spatial_merge_size,
+            window_size=module.window_size,
+            patch_size=module.patch_size,
+            kwargs={},
+        )
+        windowed = int(bounds.diff().square().sum())
+    macs = tokens * (_embed_macs(parts) + sum(_linear(block) for block in tower.blocks))
+    macs += sum(2 * dim * (whole if layer in full else windowed) for layer in range(len(tower.blocks)))
+    mergers = [module.merger, *getattr(module, "deepstack_merger_list", ())]
+    return macs + layout.total_cells * sum(_linear(merger) for merger in mergers)
+
+
+def _embed_macs(parts: Any) -> int:
+    """Multiply-adds of one patch's embedding."""
+    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+    return sum(m.weight.numel() for m in _embedding(parts.tower_module) if isinstance(m, kinds))
 
 
 def _embedding(tower: Any) -> list[nn.Module]:
@@ -153,10 +195,9 @@ def _linear(module: nn.Module) -> int:
 
 
 def _projector_macs(parts: Any) -> int:
-    if parts.projector is not None:
-        projector = getattr(parts.inner, parts.projector)
-        return _linear(projector) + sum(p.numel() for p in projector.parameters(recurse=False))
-    return _linear(parts.tower_module.merger)
+    """Multiply-adds of one token in the projector."""
+    projector = getattr(parts.inner, parts.projector)
+    return _linear(projector) + sum(p.numel() for p in projector.parameters(recurse=False))
 
 
 def _decoder(language: Any) -> DecoderInfo:

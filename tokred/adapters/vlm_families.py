@@ -28,6 +28,7 @@ class Family:
     Class attributes:
         language, tower, projector: names of its parts. medias: what its placeholders stand for.
         mrope: whether positions have axes for time, height and width. position_base: position of the first token.
+        pools_behind_projector: whether every cell of a frame is projected and pooled afterwards.
         fixed: notes for the hosts page, option -> reason.
     """
 
@@ -37,6 +38,7 @@ class Family:
     medias: ClassVar[tuple[str, ...]] = ("image",)
     mrope: ClassVar[bool] = False
     position_base: ClassVar[int] = 0
+    pools_behind_projector: ClassVar[bool] = False
     #: cells of the tower along each side of one token
     merge: int = 1
 
@@ -242,6 +244,7 @@ class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: the mosaic may be resampled; frames pooled behind the projector, a newline behind a video."""
 
     medias: ClassVar[tuple[str, ...]] = ("image", "video")
+    pools_behind_projector = True
 
     def layouts(self, seen: Seen) -> list[MediaLayout]:
         if seen.kind == "video":

@@ -95,13 +95,12 @@ def prompt_macs(info: PromptInfo, sites: Sequence[str], *methods: Method) -> Flo
     visual = [m for m in methods if isinstance(m, VisualMethod) and "VisualFeatures" in m.acts_at(sites)]
     inside = [m for m in methods if m not in visual]
     tiles = sum(layout.partitions for layout in info.layouts)
-    cells = sum(layout.total_cells for layout in info.layouts)
     slots = sum(len(layout.slots) for layout in info.layouts)
-    projector, scoring, blocks = cells * info.projector_macs, 0, 0
-    vision = plain = tiles * info.tower_macs + projector
+    vision, scoring, blocks = info.vision_macs, 0, 0
     if inside and info.encoder is not None:
-        tile = encoder_macs(info.encoder, *inside)
-        vision, scoring, blocks = tiles * tile.vision + projector, tiles * tile.scoring, tiles * tile.blocks
+        plain, tile = encoder_macs(info.encoder), encoder_macs(info.encoder, *inside)
+        vision -= tiles * (plain.vision - tile.vision)
+        scoring, blocks = tiles * tile.scoring, tiles * tile.blocks
     kept = slots
     for method in visual:
         method.needs(info.tower)  # refuses a tower that cannot give what it needs
@@ -115,7 +114,7 @@ def prompt_macs(info: PromptInfo, sites: Sequence[str], *methods: Method) -> Flo
         llm=info.decoder.macs(info.text + kept),
         scoring=scoring,
         blocks=blocks,
-        unreduced=plain + info.decoder.macs(info.text + slots),
+        unreduced=info.vision_macs + info.decoder.macs(info.text + slots),
         prompt=(info.text + kept, info.text + slots),
     )
 

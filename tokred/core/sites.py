@@ -336,15 +336,14 @@ class PromptInfo:
 
     Attributes:
         layouts: of each image and video. text: tokens of the prompt that are not visual.
-        tower: in numbers. tower_macs: of one tile, without methods inside the tower. encoder: the tower as an
-            `EncoderInfo` where methods can act inside it. projector_macs: of one token. decoder: the language model.
+        tower: in numbers. vision_macs: multiply-adds of tower and projector for all of them, without methods inside.
+        encoder: the tower as an `EncoderInfo`, where methods can act inside it. decoder: the language model.
     """
 
     layouts: tuple[MediaLayout, ...]
     text: int
     tower: TowerInfo
-    tower_macs: int
-    projector_macs: int
+    vision_macs: int
     decoder: DecoderInfo
     encoder: EncoderInfo | None = None
 
