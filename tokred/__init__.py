@@ -33,6 +33,11 @@ _METHODS = {
 
 _NAMES = {
     **_METHODS,
+    "ClipRelevance": "tokred.adapters.scorers",
+    "HFClipScorer": "tokred.adapters.scorers",
+    "LVLMScorer": "tokred.adapters.scorers",
+    "OpenClipScorer": "tokred.adapters.scorers",
+    "LVLMDecoupler": "tokred.vlm.decouple",
     "Keep": "tokred.core.tokens",
     "Merge": "tokred.core.tokens",
     "Method": "tokred.core.method",
@@ -57,6 +62,10 @@ if TYPE_CHECKING:
     from tokred import vision as vision
     from tokred import vlm as vlm
     from tokred import zoo as zoo
+    from tokred.adapters.scorers import ClipRelevance as ClipRelevance
+    from tokred.adapters.scorers import HFClipScorer as HFClipScorer
+    from tokred.adapters.scorers import LVLMScorer as LVLMScorer
+    from tokred.adapters.scorers import OpenClipScorer as OpenClipScorer
     from tokred.core.catalog import hosts as hosts
     from tokred.core.catalog import methods as methods
     from tokred.core.errors import TokredError as TokredError
@@ -74,6 +83,7 @@ if TYPE_CHECKING:
     from tokred.vision.topk import TopK as TopK
     from tokred.vision.zero_tprune import ZeroTPrune as ZeroTPrune
     from tokred.vlm.cdpruner import CDPruner as CDPruner
+    from tokred.vlm.decouple import LVLMDecoupler as LVLMDecoupler
     from tokred.vlm.divprune import DivPrune as DivPrune
     from tokred.vlm.evs import EVS as EVS
     from tokred.vlm.hired import HiRED as HiRED

@@ -360,7 +360,7 @@ def default_scorer() -> OpenClipScorer:
         raise ScorerError(
             f"the default frame scorer, open_clip's ViT-B-32, cannot be built ({type(error).__name__}: {error}); give "
             "scorer= as one of: any callable (frames, query, objects) -> (T,) scores in [0, 1]; a tensor of T scores; "
-            "tokred.adapters.scorers.OpenClipScorer(model, preprocess=..., tokenizer=...) with a model that is here; "
+            "tokred.OpenClipScorer(model, preprocess=..., tokenizer=...) with a model that is here; "
             "tokred.zoo.digit_clip()"
         ) from error
 

@@ -75,7 +75,7 @@ class CDPruner(VisualMethod):
 
     Follows Theia-4869/CDPruner at 9541616c, which takes relevance from CLIP: the *negated* cosine of patch states and
     the text's embedding. That needs the text tower that belongs to the host's vision tower, which no host carries:
-    give it as ``relevance=tokred.adapters.scorers.ClipRelevance(clip, tokenizer)``. Without it relevance is 1.
+    give it as ``relevance=tokred.ClipRelevance(clip, tokenizer)``. Without it relevance is 1.
 
     Attributes:
         budget: fraction of the tokens of an image or video (rounded down), or their number.
