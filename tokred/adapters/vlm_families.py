@@ -81,10 +81,6 @@ class Family:
         """How many tower outputs belong to each item."""
         return [layout.partitions for layout in self.layouts(seen)]
 
-    def tower_cells(self, layout: MediaLayout) -> int:
-        """Patches of the tower in one partition."""
-        return layout.cells_per_partition * layout.merge**2
-
     def tower_features(self, seen: Seen) -> Tensor:
         """(tiles, N, C): the tower tokens that the projector reads, class token included where there is one."""
         return seen.output.last_hidden_state
@@ -174,9 +170,6 @@ class LlavaNext(Llava):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
         self.remembered: dict[tuple[Any, ...], MediaLayout] = {}
-
-    def tower_cells(self, layout: MediaLayout) -> int:
-        return self.side[0] * self.side[1]  # frames of a video are pooled behind the tower
 
     def layouts(self, seen: Seen) -> list[MediaLayout]:
         sizes = [tuple(int(side) for side in size) for size in seen.arguments["image_sizes"]]
