@@ -252,3 +252,16 @@ def test_a_picture_where_frames_are_expected():
         trace(video(3, 2, 2), [0]).draw(PICTURE)
     with pytest.raises(InvalidParameterError, match="image is a Image; this item is a video"):
         trace(video(3, 2, 2), [0]).draw(Image.fromarray(PICTURE))
+
+
+def test_a_media_step_reads_like_a_step_of_an_encoder():
+    layout = MediaLayout(kind="image", partitions=1, grid=(2, 3), slots=tuple(range(6)))
+    step = MediaStep.of("probe", 1, layout, torch.tensor([4, -1, 0]))
+    assert (step.layer, step.tokens_in, step.tokens_out, step.valid) == (None, 6, 3, None)
+    assert step.origins.tolist() == step.kept.tolist() == [[4, -1, 0]]
+    assert step.group.tolist() == [[2, -1, -1, -1, 0, -1]]
+    trace = Trace(None, media=[step])
+    assert trace.steps == [step]
+    assert trace[0] is step
+    assert len(trace) == 1
+    assert trace.encoder == []

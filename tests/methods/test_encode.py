@@ -50,7 +50,7 @@ def check_equal(name: str, model: torch.nn.Module, inputs: dict, made: Encoded, 
         return
     with tokred.patch(model, method):
         tokens = model.generate(**inputs, **NEW)
-    assert torch.equal(model.generate(**made.inputs(), **NEW), tokens[:, inputs["input_ids"].shape[1] :])
+    assert torch.equal(model.generate(**made, **NEW), tokens[:, inputs["input_ids"].shape[1] :])
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -44,6 +44,13 @@ class Encoded:
         """(K, D) for each video."""
         return list(self.media.get("video", ()))
 
+    def keys(self) -> list[str]:
+        """With `__getitem__`, lets ``model.generate(**encoded)`` take what `inputs` gives."""
+        return list(self.inputs())
+
+    def __getitem__(self, name: str) -> Any:
+        return self.inputs()[name]
+
     def inputs(self) -> dict[str, Any]:
         """Arguments for ``model.generate(**encoded.inputs())`` on the model without a patch; it returns new tokens.
 

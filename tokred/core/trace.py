@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,10 +69,23 @@ class MediaStep:
         taken = torch.where(tokens >= 0, cells[tokens.clamp_min(0)], tokens)
         return cls(method, sample, layout, cells.shape[0], tokens.shape[0], taken)
 
+    layer: ClassVar[None] = None
+    valid: ClassVar[None] = None
+
     @property
-    def kept(self) -> Tensor:
-        """(1, tokens_out) int64: the cells, as `TraceStep.kept` has them."""
+    def origins(self) -> Tensor:
+        """(1, tokens_out) int64: the cells, as `TraceStep.origins` has them."""
         return self.cells[None]
+
+    kept = origins
+
+    @property
+    def group(self) -> Tensor:
+        """(1, cells) int64: the token that took each cell's place, -1 where none did."""
+        group = self.cells.new_full((self.layout.total_cells,), -1)
+        places = torch.arange(len(self.cells), device=self.cells.device)
+        group[self.cells[self.cells >= 0]] = places[self.cells >= 0]
+        return group[None]
 
     @property
     def mask(self) -> Tensor:
@@ -124,7 +137,12 @@ class Trace:
         self._steps: list[TraceStep] | None = None
 
     @property
-    def steps(self) -> list[TraceStep]:
+    def steps(self) -> list[TraceStep | MediaStep]:
+        """All reductions, in the order of the data."""
+        return [*self.encoder, *self.media]
+
+    @property
+    def encoder(self) -> list[TraceStep]:
         """The reductions inside a vision encoder."""
         if self._steps is None:
             self._steps = list(_steps(self._table)) if self._table is not None else []
@@ -138,8 +156,7 @@ class Trace:
         return (len(self._table.steps) if self._table is not None else 0) + len(self.media)
 
     def __getitem__(self, index: int) -> TraceStep | MediaStep:
-        every: list[TraceStep | MediaStep] = [*self.steps, *self.media]
-        return every[index]
+        return self.steps[index]
 
     @property
     def counts(self) -> list[tuple[int, int]]:
@@ -193,7 +210,7 @@ class Trace:
                     "kept": step.origins.tolist(),
                     "group": step.group.tolist(),
                 }
-                for step in self.steps
+                for step in self.encoder
             ],
             "media": [step.to_dict() for step in self.media],
         }
@@ -218,10 +235,10 @@ class Trace:
         """
         if not len(self):
             raise InvalidParameterError("nothing to draw: no forward pass removed a token yet")
-        stages = len(self.steps) + bool(self.media)
+        stages = len(self.encoder) + bool(self.media)
         if not -stages <= step < stages:
             raise InvalidParameterError(f"step={step}: there are {stages} to draw, 0 to {stages - 1}")
-        if self.media and step % stages == len(self.steps):
+        if self.media and step % stages == len(self.encoder):
             from tokred.core.draw_media import draw_media
 
             return draw_media(image, self._media_of(sample, item))
@@ -229,7 +246,7 @@ class Trace:
 
         if self.grid is None:
             raise InvalidParameterError("nothing to draw: the tokens of this model form no grid")
-        group = self.steps[step % stages].group
+        group = self.encoder[step % stages].group
         if not -len(group) <= sample < len(group):
             raise InvalidParameterError(f"sample={sample}: the batch has {len(group)} images")
         return draw_step(image, group[sample], self.grid)
