@@ -695,6 +695,8 @@ class VisualSession:
     def room(self, given: Mapping[str, Any]) -> int:
         """Columns that a static cache needs beyond those of the prompt: methods may enlarge what they resize."""
         outputs, ids = given.get("mm_encoder_outputs") or {}, self.thread.prompt
+        if given.get("past_key_values") is not None:  # the caller's own: nothing is reserved for it
+            return 0
         extra: dict[int, int] = {}
         for media in self.parts.medias if ids is not None else ():
             seen = getattr(outputs.get(media), "_tokred_seen", None)
