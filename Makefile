@@ -26,8 +26,9 @@ venv: python
 
 install: venv ## make .venv with every extra and the developer's tools
 
-demo: venv-demo ## reduce the bundled models on bundled data: prints a table, writes pictures to outputs/
+demo: venv-demo ## reduce the bundled models on bundled data: prints tables, writes pictures (ARGS="--task video" chooses)
 	$(BIN)/tokred bench $(ARGS)
+	$(if $(ARGS),,$(BIN)/tokred bench --task vqa)
 
 lint: venv ## ruff (rules and format) and mypy
 	$(BIN)/python -m ruff check .
