@@ -602,7 +602,7 @@ class VisualSession:
             new = frame.back.shape[1]  # type: ignore[union-attr]
             types = torch.cat([given_types[:, :-new], given_types[:, -new:].gather(1, source)], dim=1)
         frame.types_out = types
-        out["attention_mask"] = self.parts.rebuild_mask(out, types, keys.long(), merged, frame.cache)
+        out["attention_mask"] = self.parts.rebuild_mask(types, keys.long(), merged, frame.cache)
         if out.get("token_type_ids") is not None:
             out["token_type_ids"] = types
         shift = None

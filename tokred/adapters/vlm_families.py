@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -101,11 +101,25 @@ class Family:
         """Language model features of resampled dense features."""
         return x
 
-    def rebuild_mask(
-        self, given: Mapping[str, Any], types: Tensor | None, mask: Tensor, embeds: Tensor, cache: Any
-    ) -> Any:
+    def rebuild_mask(self, types: Tensor | None, mask: Tensor, embeds: Tensor, cache: Any) -> Any:
         """What the language model takes as attention mask, given the (B, keys) mask of real tokens."""
         return mask
+
+    def mask_arguments(self, mask: Tensor, embeds: Tensor, cache: Any) -> dict[str, Any]:
+        """What the mask functions of the library are given."""
+        return {
+            "config": self.config.get_text_config(),
+            "inputs_embeds": embeds,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "position_ids": None,
+        }
+
+    @property
+    def library(self) -> Any:
+        """The library's module of this family; a subclass of a user lies elsewhere."""
+        own = next(cls for cls in type(self.inner).__mro__ if cls.__name__ in FAMILIES)
+        return sys.modules[own.__module__]
 
     def pixels(self, seen: Seen) -> Tensor:
         """The pixel tensor of a call."""
@@ -185,7 +199,7 @@ class LlavaNext(Llava):
 
     def layout_of(self, size: tuple[int, ...]) -> MediaLayout:
         """Run the library's own packing on cell numbers."""
-        module = sys.modules[type(self.inner).__mro__[_library_level(self.inner)].__module__]
+        module = self.library
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         rows, columns = self.side
         tiles = int(module.image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=side))
@@ -259,7 +273,7 @@ class LlavaOnevision(LlavaNext):
 
     def layout_of(self, size: tuple[int, ...], aspect: str | None = None) -> MediaLayout:
         aspect = aspect or self.config.vision_aspect_ratio
-        module = sys.modules[type(self.inner).__mro__[_library_level(self.inner)].__module__]
+        module = self.library
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         rows, columns = self.side
         tiles = int(module.image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=side))
@@ -349,17 +363,8 @@ class PaliGemma(Family):
         pixels = seen.arguments["pixel_values"]
         return [single((pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch))] * pixels.shape[0]
 
-    def rebuild_mask(
-        self, given: Mapping[str, Any], types: Tensor | None, mask: Tensor, embeds: Tensor, cache: Any
-    ) -> Any:
-        module = sys.modules[type(self.inner).__mro__[_library_level(self.inner)].__module__]
-        arguments: dict[str, Any] = {
-            "config": self.config.get_text_config(),
-            "inputs_embeds": embeds,
-            "attention_mask": mask,
-            "past_key_values": cache,
-            "position_ids": None,
-        }
+    def rebuild_mask(self, types: Tensor | None, mask: Tensor, embeds: Tensor, cache: Any) -> Any:
+        module, arguments = self.library, self.mask_arguments(mask, embeds, cache)
         if types is not None and (cache is None or not cache.is_initialized):  # in both directions inside the prefix
             arguments["block_sequence_ids"] = torch.where(types == 0, 0, -1)
         full = module.create_causal_mask(**arguments)
@@ -379,17 +384,8 @@ class Gemma3(Family):
         side = int(self.inner.multi_modal_projector.tokens_per_side)
         return [single((side, side), merge=self.merge)] * seen.arguments["pixel_values"].shape[0]
 
-    def rebuild_mask(
-        self, given: Mapping[str, Any], types: Tensor | None, mask: Tensor, embeds: Tensor, cache: Any
-    ) -> Any:
-        module = sys.modules[type(self.inner).__mro__[_library_level(self.inner)].__module__]
-        arguments: dict[str, Any] = {
-            "config": self.config.get_text_config(),
-            "inputs_embeds": embeds,
-            "attention_mask": mask,
-            "past_key_values": cache,
-            "position_ids": None,
-        }
+    def rebuild_mask(self, types: Tensor | None, mask: Tensor, embeds: Tensor, cache: Any) -> Any:
+        module, arguments = self.library, self.mask_arguments(mask, embeds, cache)
         if types is None:
             return module.create_masks_for_generate(**arguments)
         blocks = module.get_block_sequence_ids_for_mask(types, device=embeds.device)
@@ -490,11 +486,6 @@ class Collect:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
         self.collect(args[0] if output is None else output)
-
-
-def _library_level(model: nn.Module) -> int:
-    """Place in the MRO of the library's own class: a subclass of a user must not hide its module."""
-    return next(i for i, cls in enumerate(type(model).__mro__) if cls.__name__ in FAMILIES)
 
 
 def sizes_of(layouts: Sequence[MediaLayout]) -> list[int]:

@@ -8,7 +8,6 @@ and scorer are counted apart.
 from __future__ import annotations
 
 import contextlib
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tokred.core.method import VisualMethod
 from tokred.core.patch import Patch
 from tokred.core.sites import TowerInfo
 from tokred.eval.bench import TASKS, BenchOptions, Progress, require
-from tokred.eval.report import accuracy_plot, curves, dumps, percent, signed, stacked, table
+from tokred.eval.report import accuracy_plot, curves, dumps, percent, signed, stacked
 from tokred.eval.speed import pairs
 from tokred.eval.vision import paired, side_by_side
 from tokred.eval.vlm import (
@@ -42,9 +41,9 @@ from tokred.eval.vlm import (
     prompt_info,
     refuse,
     remembered,
+    report,
     scores,
     serving,
-    settings,
     time_call,
     visual_method,
 )
@@ -343,20 +342,13 @@ def show(results: Mapping[str, Any]) -> str:
     kinds = list(results["rows"][0]["kinds"])
     header = ["method", "frames", "tokens", "accuracy %", "vs even frames", *(COLUMNS[kind] for kind in kinds)]
     header += ["LLM G", "vision G", "scorer G", "TTFT ms", "speed-up", "tok/s", "cache kB"]
-    groups: dict[Any, list[list[str]]] = {}
-    for row in results["rows"]:
-        groups.setdefault(row["level"], []).append(_cells(row, kinds))
     scenes, machine = results["scenes"], results["machine"]
-    lines = [
+    title = (
         f"{results['model']}: {scenes['count']} {scenes['split']} clips of {scenes['frames']} frames "
         f"(seed {scenes['seed']}), exact match of greedy answers; {machine['speed_threads']} thread for speed, torch "
-        f"{machine['torch']}",
-        "",
-        table(header, list(groups.values())),
-        "",
-        *textwrap.wrap(LEGEND, 118),
-    ]
-    return "\n".join(lines + settings(results["rows"]))
+        f"{machine['torch']}"
+    )
+    return report(results, title, header, _cells, LEGEND)
 
 
 def _cells(row: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ choice of as many. Answers are those of `generate`, compared exactly.
 
 from __future__ import annotations
 
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tokred.core.flops import flops
 from tokred.eval.bench import TASKS, BenchOptions, Progress, require
-from tokred.eval.report import Panel, accuracy_plot, contact_sheet, curves, dumps, percent, signed, table
+from tokred.eval.report import Panel, accuracy_plot, contact_sheet, curves, dumps, percent, signed
 from tokred.eval.speed import pairs
 from tokred.eval.vision import BATCH, paired, side_by_side
 from tokred.eval.vlm import (
@@ -34,9 +33,9 @@ from tokred.eval.vlm import (
     patched,
     prompt_info,
     refuse,
+    report,
     scores,
     serving,
-    settings,
     time_call,
     visual_method,
 )
@@ -222,19 +221,12 @@ def show(results: Mapping[str, Any]) -> str:
     kinds = list(results["rows"][0]["kinds"])
     header = ["method", "tokens", "accuracy %", "vs random", *(COLUMNS[kind] for kind in kinds)]
     header += ["GMACs", "TTFT ms", "speed-up", "limit", "tok/s", "cache kB"]
-    groups: dict[Any, list[list[str]]] = {}
-    for row in results["rows"]:
-        groups.setdefault(row["level"], []).append(_cells(row, kinds))
     scenes, machine = results["scenes"], results["machine"]
-    lines = [
+    title = (
         f"{results['model']}: {scenes['count']} {scenes['split']} questions (seed {scenes['seed']}), exact match of "
-        f"greedy answers; {machine['speed_threads']} thread for speed, torch {machine['torch']}",
-        "",
-        table(header, list(groups.values())),
-        "",
-        *textwrap.wrap(LEGEND, 118),
-    ]
-    return "\n".join(lines + settings(results["rows"]))
+        f"greedy answers; {machine['speed_threads']} thread for speed, torch {machine['torch']}"
+    )
+    return report(results, title, header, _cells, LEGEND)
 
 
 def _cells(row: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:

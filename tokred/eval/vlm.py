@@ -7,6 +7,7 @@ import functools
 import hashlib
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +22,7 @@ from tokred.core.method import VisualMethod, from_dict, registered
 from tokred.core.patch import Patch, patch
 from tokred.core.sites import MediaLayout, PromptInfo
 from tokred.eval.bench import BenchOptions
+from tokred.eval.report import table
 from tokred.eval.speed import ratio
 from tokred.eval.vision import mean
 
@@ -39,9 +41,9 @@ __all__ = [
     "prompt_info",
     "refuse",
     "remembered",
+    "report",
     "scores",
     "serving",
-    "settings",
     "time_call",
     "visual_method",
 ]
@@ -295,3 +297,19 @@ def serving(pairs: Sequence[tuple[Call, Call]], cache: int) -> dict[str, Any]:
         "decode_tokens_per_s": statistics.median(reduced.rate for _, reduced in pairs),
         "cache_bytes": cache,
     }
+
+
+def report(
+    results: Mapping[str, Any],
+    title: str,
+    header: Sequence[str],
+    cells: Callable[[Mapping[str, Any], Sequence[str]], list[str]],
+    legend: str,
+) -> str:
+    """The table of a task, rows of one level together, with what its columns mean and the settings of its methods."""
+    kinds = list(results["rows"][0]["kinds"])
+    groups: dict[Any, list[list[str]]] = {}
+    for row in results["rows"]:
+        groups.setdefault(row["level"], []).append(cells(row, kinds))
+    lines = [title, "", table(header, list(groups.values())), "", *textwrap.wrap(legend, 118)]
+    return "\n".join(lines + settings(results["rows"]))
