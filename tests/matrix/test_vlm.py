@@ -263,7 +263,7 @@ def test_a_second_turn_equals_a_fresh_run(family, method, full_matrix):
         assert [lengths[0], lengths[STEPS]] == [4, 4]
         handle.remove()
         if tiny.static_cache:
-            cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=256)
+            cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=512)
             greedy(model, {**prompt.inputs, "past_key_values": cache})
             runs.append(greedy(model, {**second, "past_key_values": cache}))
     for run in runs:

@@ -698,13 +698,15 @@ class VisualSession:
         if given.get("past_key_values") is not None:  # the caller's own: nothing is reserved for it
             return 0
         extra: dict[int, int] = {}
+        row_ends = self.method.keep_newline
         for media in self.parts.medias if ids is not None else ():
             seen = getattr(outputs.get(media), "_tokred_seen", None)
             if seen is None:
                 continue
             items = place_items(media, seen, self.parts.layouts(seen), self._columns(media, ids, None))
             for item in join_images(items) if self.method.joins_images else items:
-                more = self.method.largest(item.layout) - len(item.layout.slots)
+                stay = item.slot_columns(MediaLayout.CLASS, MediaLayout.END, *[MediaLayout.NEWLINE] * row_ends)
+                more = self.method.largest(item.layout) + len(stay) - len(item.layout.slots)
                 extra[item.row] = extra.get(item.row, 0) + max(0, more)
         return max(extra.values(), default=0)
 

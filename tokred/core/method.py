@@ -153,7 +153,7 @@ class VisualMethod(Method):
         raise TypeError(f"{type(self).__name__} does not define kept()")
 
     def largest(self, layout: MediaLayout) -> int:
-        """Placeholders that one image or video may need, newlines included: static caches reserve as many."""
+        """Tokens that one image or video may need, newlines of its own included: static caches reserve as many."""
         return self.kept(layout)
 
     def bypasses(self, layout: MediaLayout) -> bool:

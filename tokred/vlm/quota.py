@@ -118,7 +118,7 @@ class QuoTA(VisualMethod):
 
     def largest(self, layout: MediaLayout) -> int:
         rows = self.kept(layout) if self.newline == "grid" and layout.kind == "video" else 0  # at worst a column each
-        return self.kept(layout) + rows + (len(layout.slots) - len(layout.cells))
+        return self.kept(layout) + rows
 
     def select(self, view: VisualFeatures) -> list[Resample]:
         dense, grid, finish = view.dense()
