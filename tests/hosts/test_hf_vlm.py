@@ -1186,3 +1186,14 @@ def test_layout_numbers():
     assert layout.total_cells == 8
     info = TowerInfo(3, 4, True, 1)
     assert not info.projects
+
+
+def test_generate_batch_is_refused_by_name():
+    tiny = FAMILIES["llava"]
+    model = tiny.make()
+    with (
+        tokred.patch(model, tokred.RandomTokens(budget=0.5)),
+        pytest.raises(NotImplementedError, match="generate_batch"),
+    ):
+        model.generate_batch([[1, 2, 3]])
+    assert "generate_batch" not in vars(type(model))
