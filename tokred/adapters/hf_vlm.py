@@ -289,7 +289,7 @@ class VisualSession:
         seen.parts.clear()
         if not self.needs.pixels:
             seen.arguments = {key: _shape_only(key, value) for key, value in seen.arguments.items()}
-        seen.session = weakref.ref(self)  # type: ignore[attr-defined]
+        seen.session = weakref.ref(self)
         if hasattr(output, "pooler_output"):
             output._tokred_seen = seen
         self.thread.made[media] = seen
@@ -419,7 +419,7 @@ class VisualSession:
             if not bool(columns.any()):
                 continue
             seen = frame.seen.get(media) or self.thread.made.get(media)
-            if seen is None or seen.session() is not self:  # type: ignore[attr-defined]
+            if seen is None or seen.session is None or seen.session() is not self:
                 raise PreEncodedError(
                     f"the {media} features were encoded elsewhere (mm_encoder_outputs made before this patch, or by "
                     "another model), so what the vision tower saw is unknown; pass pixel values, or encode with "
@@ -467,7 +467,7 @@ class VisualSession:
             return [None] * len(members)
         features = torch.stack([embeds[item.row, item.cell_columns.to(embeds.device)] for item in members])
         cells = torch.tensor(layout.cells, device=embeds.device)
-        source = GroupSource(self, layout, members, embeds, self._text(frame), frame.ids, self.thread.request)
+        source = GroupSource(self, layout, members, features, embeds, self._text(frame), frame.ids, self.thread.request)
         gaps = any(bool((item.columns[1:] != item.columns[:-1] + 1).any()) for item in members)
         view = VisualFeatures(layout, source.tower, features, cells, source, self.parts.mrope, gaps)
         with torch.no_grad():

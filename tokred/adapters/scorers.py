@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ Look at the picture. Does it show enough to answer the question above?
 Reply with one letter."""
 
 
-class _Scorer:
+class _Scorer(ABC):
     """Checks what comes in and remembers what went out."""
 
     def __init__(self, batch: int) -> None:
@@ -75,8 +76,9 @@ class _Scorer:
         )
         return found.clone()
 
+    @abstractmethod
     def _score(self, frames: Sequence[Any], content: str, query: str, objects: Sequence[str]) -> Tensor:
-        raise NotImplementedError
+        """(T,) scores of frames whose content has the key `content`."""
 
     def _batches(self, frames: Sequence[Any]) -> Iterator[list[Image.Image]]:
         for start in range(0, len(frames), self.batch):
@@ -131,11 +133,13 @@ class _ClipScorer(_Scorer):
         parts = [self._embed_images(pictures).float() for pictures in self._batches(frames)]
         return F.normalize(torch.cat(parts), dim=-1)
 
+    @abstractmethod
     def _embed_images(self, pictures: list[Image.Image]) -> Tensor:
-        raise NotImplementedError
+        """(batch, D)."""
 
+    @abstractmethod
     def _embed_texts(self, texts: list[str]) -> Tensor:
-        raise NotImplementedError
+        """(texts, D)."""
 
 
 class OpenClipScorer(_ClipScorer):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ class Seen:
         kind: "image" or "video". arguments: of the call, by name. output: what it returned.
         scores: {(kind of score, layer): pieces}, one piece a call of the tower.
         dense: frame features before the host pooled them, where they were asked for.
-        parts: {layer: q, k and the like} of layers that are running.
+        parts: {layer: q, k and the like} of layers that are running. session: whose patch watched the call.
         plans: {item: (the `generate` call it is of, the method's answer)}, so that all its passes use one choice.
     """
 
@@ -46,6 +47,7 @@ class Seen:
         self.dense: list[Tensor] = []
         self.plans: dict[int, Any] = {}
         self.parts: dict[int, dict[str, Any]] = {}
+        self.session: weakref.ref[Any] | None = None
 
     def add(self, what: str, layer: int, value: Tensor) -> None:
         self.scores.setdefault((what, layer), []).append(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class GroupSource:
     Args:
         session: the attachment; its family and processor are asked.
         members: the items, all of one layout and from one call of the encoder.
+        features: (G, n, D) what the language model would read for the items.
         embeds: (B, S, D) what would enter the language model. text: (B, S), its text columns. ids: (B, S) or None.
     """
 
@@ -53,12 +55,13 @@ class GroupSource:
         session: Any,
         layout: MediaLayout,
         members: Sequence[Any],
+        features: Tensor,
         embeds: Tensor,
         text: Tensor,
         ids: Tensor | None,
         request: Request | None,
     ) -> None:
-        self.session, self.layout, self.members = session, layout, members
+        self.session, self.layout, self.members, self.features = session, layout, members, features
         self.embeds, self.text, self.ids, self.request = embeds, text, ids, request
         self.seen: Seen = members[0].seen
 
@@ -68,7 +71,7 @@ class GroupSource:
     def tower(self) -> TowerInfo:
         """The tower, as far as it can be asked for this layout: pooled frames have no tower token each."""
         info: TowerInfo = self.session.tower.info
-        return info if not info.projects or self._tower_tokens() is not None else _without_projection(info)
+        return info if not info.projects or self._has_tower_tokens() else dataclasses.replace(info, projects=False)
 
     def class_attention(self, layer: int) -> Tensor:
         return self._to_cells(self._scores("rows", layer))
@@ -89,9 +92,7 @@ class GroupSource:
         tokens = self._tower_tokens()
         if tokens is not None:
             return tokens
-        features = torch.stack(
-            [self.embeds[item.row, item.cell_columns.to(self.embeds.device)] for item in self.members]
-        )
+        features = self.features
         cells = torch.tensor(self.layout.cells, device=features.device)
         laid = features.new_zeros(features.shape[0], self.layout.total_cells, features.shape[2])
         laid[:, cells] = features
@@ -108,10 +109,7 @@ class GroupSource:
             frames = torch.cat(self.seen.dense)
             tokens = self._split(frames)
             return tokens, self._tower_grid(tokens.shape[2]), self.session.parts.finish
-        features = torch.stack(
-            [self.embeds[item.row, item.cell_columns.to(self.embeds.device)] for item in self.members]
-        )
-        return features.unflatten(1, (self.layout.partitions, -1)), self.layout.grid, _same
+        return self.features.unflatten(1, (self.layout.partitions, -1)), self.layout.grid, _same
 
     def default_scorer(self) -> FrameScorer:
         from tokred.adapters.scorers import default_scorer
@@ -160,13 +158,17 @@ class GroupSource:
         side = int(cells**0.5)
         return side, side
 
+    def _has_tower_tokens(self) -> bool:
+        """Whether the projector reads one tower token for each cell."""
+        tokens = self.session.parts.tower_features(self.seen).shape[1] - getattr(self.session.tower, "prefix", 0)
+        return bool(tokens == self.layout.cells_per_partition)
+
     def _tower_tokens(self) -> Tensor | None:
         """(G, P, N, C), where the projector reads one tower token for each cell."""
-        if not self.session.tower.info.projects:
+        if not self.tower.projects:
             return None
         hidden = self.session.parts.tower_features(self.seen)
-        hidden = hidden[:, getattr(self.session.tower, "prefix", 0) :]
-        return self._split(hidden) if hidden.shape[1] == self.layout.cells_per_partition else None
+        return self._split(hidden[:, getattr(self.session.tower, "prefix", 0) :])
 
     # -- request -------------------------------------------------------------------------------------------------------
 
@@ -253,12 +255,6 @@ class GroupSource:
             pixels = pixels * std + mean
         factor = getattr(part, "rescale_factor", 1 / 255) if getattr(part, "do_rescale", True) else 1.0
         return (pixels / factor).round().clamp(0, 255).to(torch.uint8)
-
-
-def _without_projection(info: TowerInfo) -> TowerInfo:
-    import dataclasses
-
-    return dataclasses.replace(info, projects=False)
 
 
 def _same(x: Tensor) -> Tensor:

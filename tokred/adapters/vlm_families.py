@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from tokred.core.sites import MediaLayout
 __all__ = ["FAMILIES", "Family", "family_of"]
 
 
-class Family:
+class Family(ABC):
     """One inner multimodal model.
 
     Class attributes:
@@ -73,9 +74,9 @@ class Family:
         token = torch.full((), self.placeholder(media), dtype=torch.long, device=like.device)
         return self.inner.get_input_embeddings()(token)
 
+    @abstractmethod
     def layouts(self, seen: Seen) -> list[MediaLayout]:
         """The layout of each image (or video) of one call, in order."""
-        raise NotImplementedError
 
     def tiles(self, seen: Seen) -> list[int]:
         """How many tower outputs belong to each item."""
@@ -197,15 +198,14 @@ class LlavaNext(Llava):
             self.remembered[key] = self.layout_of(*key)
         return self.remembered[key]
 
-    def layout_of(self, size: tuple[int, ...]) -> MediaLayout:
+    def layout_of(self, size: tuple[int, ...], *packing: Any) -> MediaLayout:
         """Run the library's own packing on cell numbers."""
-        module = self.library
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         rows, columns = self.side
-        tiles = int(module.image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=side))
-        mosaic = tuple(int(n) for n in module.get_anyres_image_grid_shape(size, pinpoints, side))
+        tiles = int(self.library.image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=side))
+        mosaic = tuple(int(n) for n in self.library.get_anyres_image_grid_shape(size, pinpoints, side))
         cells = torch.arange(tiles * rows * columns, dtype=torch.float32).reshape(tiles, rows * columns, 1)
-        slots = self.pack(cells, size)
+        slots, uniform = self.pack(cells, size, *packing)
         return MediaLayout(
             kind="image",
             partitions=tiles,
@@ -214,14 +214,16 @@ class LlavaNext(Llava):
             mosaic=mosaic if tiles > 1 else None,  # type: ignore[arg-type]
             overview=0 if tiles > 1 else None,
             size=(size[0], size[1]),
+            uniform=uniform,
         )
 
-    def pack(self, cells: Tensor, size: tuple[int, ...]) -> tuple[int, ...]:
+    def pack(self, cells: Tensor, size: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+        """Slots of one image, given the numbers of its cells (tiles, N, 1), and whether each is a cell as it was."""
         newline = torch.tensor([float(MediaLayout.NEWLINE)])
         packed, _ = self.inner.pack_image_features(
             [cells], [torch.tensor(size)], vision_feature_select_strategy="full", image_newline=newline
         )
-        return tuple(int(slot) for slot in packed[0][:, 0].tolist())
+        return tuple(int(slot) for slot in packed[0][:, 0].tolist()), True
 
 
 class LlavaNextVideo(LlavaNext):
@@ -271,35 +273,22 @@ class LlavaOnevision(LlavaNext):
         slots = (*range(grid[0] * grid[1]), MediaLayout.NEWLINE)
         return MediaLayout(kind="image", partitions=1, grid=grid, slots=slots)
 
-    def layout_of(self, size: tuple[int, ...], aspect: str | None = None) -> MediaLayout:
-        aspect = aspect or self.config.vision_aspect_ratio
-        module = self.library
-        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        rows, columns = self.side
-        tiles = int(module.image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=side))
-        cells = torch.arange(tiles * rows * columns, dtype=torch.float32).reshape(tiles, rows * columns, 1)
+    def pack(  # type: ignore[override]
+        self, cells: Tensor, size: tuple[int, ...], aspect: str | None = None
+    ) -> tuple[tuple[int, ...], bool]:
         newline = torch.tensor([float("inf")])
+        aspect = aspect or self.config.vision_aspect_ratio
         packed, _ = self.inner.pack_image_features([cells], [torch.tensor(size)], newline, aspect)
         values = packed[0][:, 0]
         exact = values[values.isfinite()]
-        mosaic = tuple(int(n) for n in module.get_anyres_image_grid_shape(size, pinpoints, side))
         uniform = bool((exact == exact.round()).all()) and exact.unique().numel() == exact.numel()
         if not uniform:  # resampled: number its tokens on, behind the overview's
-            overview = rows * columns
+            overview = cells.shape[1]
             numbers = torch.cat([values[:overview], torch.arange(exact.numel() - overview) + overview])
             values = values.clone()
             values[values.isfinite()] = numbers
         slots = tuple(MediaLayout.NEWLINE if value == float("inf") else int(value) for value in values.tolist())
-        return MediaLayout(
-            kind="image",
-            partitions=tiles,
-            grid=(rows, columns),
-            slots=slots,
-            mosaic=mosaic if tiles > 1 else None,  # type: ignore[arg-type]
-            overview=0 if tiles > 1 else None,
-            size=(size[0], size[1]),
-            uniform=uniform,
-        )
+        return slots, uniform
 
     def dense_hook(self, collect: Callable[[Tensor], None]) -> list[Any]:
         return [self.inner.multi_modal_projector.register_forward_hook(Collect(collect))]
