@@ -29,6 +29,13 @@ _METHODS = {
     "VisPruner": "tokred.vlm.vispruner",
     "EVS": "tokred.vlm.evs",
     "QuoTA": "tokred.vlm.quota",
+    "MustDrop": "tokred.vlm.mustdrop",
+    "CoreMatching": "tokred.vlm.corematching",
+    "GemFilter": "tokred.vlm.gemfilter",
+    "FastV": "tokred.vlm.fastv",
+    "PyramidDrop": "tokred.vlm.pyramiddrop",
+    "DART": "tokred.vlm.dart",
+    "SparseVLM": "tokred.vlm.sparsevlm",
 }
 
 _NAMES = {
@@ -83,11 +90,18 @@ if TYPE_CHECKING:
     from tokred.vision.topk import TopK as TopK
     from tokred.vision.zero_tprune import ZeroTPrune as ZeroTPrune
     from tokred.vlm.cdpruner import CDPruner as CDPruner
+    from tokred.vlm.corematching import CoreMatching as CoreMatching
+    from tokred.vlm.dart import DART as DART
     from tokred.vlm.decouple import LVLMDecoupler as LVLMDecoupler
     from tokred.vlm.divprune import DivPrune as DivPrune
     from tokred.vlm.evs import EVS as EVS
+    from tokred.vlm.fastv import FastV as FastV
+    from tokred.vlm.gemfilter import GemFilter as GemFilter
     from tokred.vlm.hired import HiRED as HiRED
+    from tokred.vlm.mustdrop import MustDrop as MustDrop
+    from tokred.vlm.pyramiddrop import PyramidDrop as PyramidDrop
     from tokred.vlm.quota import QuoTA as QuoTA
+    from tokred.vlm.sparsevlm import SparseVLM as SparseVLM
     from tokred.vlm.visionzip import VisionZip as VisionZip
     from tokred.vlm.vispruner import VisPruner as VisPruner
 

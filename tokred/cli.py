@@ -373,14 +373,20 @@ def _add_flops(commands: Any, common: argparse.ArgumentParser) -> None:
         "multiply-adds of a model under methods, beside what the papers say",
         """
         Count the multiply-adds of a timm architecture, unreduced and under a method (without --method: under the
-        settings that papers report for DeiT-S). No weights are needed.
+        settings that papers report for DeiT-S); or those of a prompt in a language model: llava-1.5-7b, llama-3.1-8b,
+        mistral-nemo, phi-3.5-mini. No weights are needed.
 
           tokred flops
           tokred flops --model vit_large_patch16_224 --method tome --set r=8
+          tokred flops --model llava-1.5-7b
+          tokred flops --model llama-3.1-8b --text-tokens 16384 --method gemfilter --set k=2048
         """,
     )
-    made.add_argument("--model", default="deit_small_patch16_224", help="a timm architecture (default: %(default)s)")
+    made.add_argument("--model", default="deit_small_patch16_224", help="its name (default: %(default)s)")
     made.add_argument("--size", type=int, metavar="N", help="image side in pixels (default: the model's own)")
+    made.add_argument("--text-tokens", type=int, metavar="N", help="tokens of the prompt that are not of images")
+    made.add_argument("--prunable-tokens", type=int, metavar="N", help="those of a text model that may be dropped")
+    made.add_argument("--kept-tokens", type=int, metavar="N", help="what is left, where the data decides")
     made.add_argument("--method", help="by name, see: tokred list")
     _add_settings(made)
 
@@ -388,13 +394,29 @@ def _add_flops(commands: Any, common: argparse.ArgumentParser) -> None:
 def _flops(given: argparse.Namespace) -> None:
     from tokred.core.errors import InvalidParameterError
     from tokred.eval.bench import require
+    from tokred.eval.flops_prompts import MODELS, prompt_rows, prompt_table, reported_rows
     from tokred.eval.flops_table import DEFAULT_METHODS, flops_rows, flops_table
     from tokred.eval.report import dumps
 
-    require("timm", "timm", what=f"the architecture {given.model!r}")
     if given.settings and given.method is None:
         raise InvalidParameterError("--set belongs to --method, which is missing")
     methods = DEFAULT_METHODS if given.method is None else [(given.method, dict(given.settings))]
+    names = {"size": "image_size", **{key: key for key in ("text_tokens", "prunable_tokens", "kept_tokens")}}
+    sizes = {key: getattr(given, name) for name, key in names.items() if getattr(given, name) is not None}
+    if given.model in MODELS:
+        require("transformers", "transformers", what=f"the language model {given.model!r}")
+        if given.method is None and not sizes:
+            rows = reported_rows(given.model)
+        else:
+            rows = prompt_rows(given.model, sizes, methods if given.method is not None else [])
+        print(dumps(rows) if given.json else prompt_table(given.model, rows))
+        return
+    for key in set(sizes) - {"image_size"}:
+        raise InvalidParameterError(
+            f"--{key.replace('_', '-')} is of prompts, and {given.model} reads images; language models: "
+            f"{', '.join(MODELS)}"
+        )
+    require("timm", "timm", what=f"the architecture {given.model!r}")
     rows = flops_rows(given.model, given.size, methods)
     print(dumps(rows) if given.json else flops_table(given.model, rows))
 

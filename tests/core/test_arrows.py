@@ -19,6 +19,9 @@ ADAPTER_LIBRARY = {
     "open_clip.py": {"open_clip"},
     "hf_vision.py": {"transformers"},
     "hf_vlm.py": {"transformers"},
+    "hf_llm.py": {"transformers"},
+    "decoder_parts.py": {"transformers"},
+    "cache_cuts.py": {"transformers"},
     "logical_cache.py": {"transformers"},
     "configs.py": {"transformers", "timm"},  # each inside the function that needs it
     "scorers.py": {"open_clip"},  # likewise; models of transformers are given to it as they are
@@ -146,7 +149,7 @@ with torch.no_grad(), tokred.patch(model, tokred.ToMe(r=2)) as patch:
 print([host.family for host in tokred.hosts()])
 """
     )
-    assert out.splitlines() == ["11 3", "['transformers multimodal', 'transformers vision']"]
+    assert out.splitlines() == ["11 3", "['transformers multimodal', 'transformers vision', 'transformers text']"]
 
 
 def test_without_any_model_library_the_error_says_so():

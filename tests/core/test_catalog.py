@@ -24,7 +24,11 @@ def test_every_encoder_method_fits_every_encoder_host():
     families = {record.family for record in tokred.hosts()}
     assert families >= {"timm", "open_clip", "transformers vision"}
     for name in ("tome", "topk", "zero_tprune", "random_tokens"):
-        assert all(compatibility()[name][family] for family in families)
+        assert all(compatibility()[name][family] for family in families - {"transformers text"})
+        assert not compatibility()[name]["transformers text"]
+    for name in ("gemfilter", "fastv", "corematching"):
+        fitting = {family for family in families if compatibility()[name][family]}
+        assert fitting == {"transformers text", "transformers multimodal"}
     for record in tokred.hosts():
         assert record.classes
         assert all(reason for reason in record.refusals.values())

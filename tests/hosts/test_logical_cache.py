@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from tokred.adapters.logical_cache import Reduced, physical_length, reduced_state, set_reduced
+from tokred.adapters.logical_cache import Reduced, arm, physical_length, reduced_state, set_reduced
 from tokred.core.errors import StaleCacheError
 
 CONFIG = LlamaConfig(
@@ -55,7 +55,7 @@ def test_lengths(kind):
     assert int(physical_length(cache)) == LEFT + 2
     with pytest.raises(StaleCacheError, match="not patched"):
         cache.get_query_offset()
-    reduced_state(cache).armed = True
+    arm(cache)
     assert int(cache.get_query_offset()) == LEFT + 2
 
 

@@ -310,6 +310,12 @@ class Session:
         state = self._local.last or self._newest
         return Trace(state.table if state is not None else None, self.host.info.prefix)
 
+    @property
+    def last_table(self) -> TokenTable | None:
+        """The table that the last forward pass of this thread left."""
+        state = self._local.last
+        return state.table if state is not None else None
+
     def run_entry(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an entry point of the encoder; the outermost one opens the scope."""
         call = self.call
@@ -462,6 +468,8 @@ class Session:
         view = EncoderBlock(layer, self.host.info, x, table, functools.partial(self._tap, layer))
         with torch.no_grad():
             change = method.reduce(view, rule)
+        for name, values in view.written.items():
+            table = table.mark(name, values)
         if change is None:
             return x, table
         prefix = self.host.info.prefix
@@ -556,7 +564,7 @@ def _bind_all(methods: Sequence[EncoderMethod], info: EncoderInfo) -> dict[int, 
         for layer, rule in method.bind(info).items():
             if layer in rules:
                 raise ConflictError(
-                    f"{type(rules[layer][0]).__name__} and {type(method).__name__} both act in block {layer}; "
+                    f"{rules[layer][0].spoken} and {method.spoken} both act in block {layer}; "
                     "give them different blocks"
                 )
             rules[layer] = (method, rule)

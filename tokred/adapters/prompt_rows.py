@@ -41,6 +41,12 @@ class Item:
         slots = torch.tensor(self.layout.slots)
         return self.columns[(slots >= 0).to(self.columns.device)]
 
+    @property
+    def tokens(self) -> Tensor:
+        """(slots,) int64, which prunable token each column holds, -1 for none."""
+        cells = torch.tensor(self.layout.slots) >= 0
+        return torch.where(cells, cells.long().cumsum(0) - 1, -1)
+
     def fixed_columns(self, row_ends: bool, end: bool) -> Tensor:
         """Columns that stay on request: the end of the media, and row ends."""
         return self.slot_columns(*[MediaLayout.END] * end, *[MediaLayout.NEWLINE] * row_ends)
@@ -58,7 +64,8 @@ class Built:
     Attributes:
         keys: (L,) int64, the original column at whose place each token stands, ascending.
         columns: (L,) int64, the original column whose position it takes. embeds: (L, D).
-        owner: (L,) int64, the item of each token, -1 for text.
+        owner: (L,) int64, the item of each token, -1 for text. tokens: (L,) int64, which prunable token of its item
+            each is, or takes the place of; -1 for none.
         items: the items with the tokens that were taken of each, (m,) positions in the view (-1: of none).
         further: makes deepstack rows (those of the whole batch, numbered by `numbers`) of the visual tokens, in order.
     """
@@ -67,6 +74,7 @@ class Built:
     columns: Tensor
     embeds: Tensor
     owner: Tensor
+    tokens: Tensor
     items: list[tuple[Item, Tensor]]
     further: Callable[[Tensor, Tensor], Tensor]
 
@@ -80,6 +88,7 @@ class Row:
         self.columns = [text]
         self.embeds = [embeds[text]]
         self.owner = [torch.full_like(text, -1)]
+        self.tokens = [torch.full_like(text, -1)]
         self.items: list[tuple[Item, Tensor]] = []
         self.transfers: list[Callable[[Tensor, Tensor], Tensor]] = []
 
@@ -88,21 +97,21 @@ class Row:
         cells = item.cell_columns.to(device)
         if answer is None:
             self.items.append((item, torch.arange(cells.shape[0], device=device)))
-            self._plain(item.columns.to(device))
+            self._plain(item.columns.to(device), item.tokens.to(device))
             return
         taken = answer.indices[0] if isinstance(answer, Keep) else answer.sources
         self.items.append((item, taken.to(device)))
         # first, for new tokens stand where the media begins, and of two at one place the earlier comes first
         self._plain(item.slot_columns(MediaLayout.CLASS).to(device))
         if isinstance(answer, Keep):
-            self._plain(cells[taken.to(device)])
+            self._plain(cells[taken.to(device)], taken.to(device))
         else:
             self._new(item, answer, cells)
         end = answer.keep_end if isinstance(answer, Resample) else True
         self._plain(item.fixed_columns(row_ends, end).to(device))
 
-    def _plain(self, columns: Tensor) -> None:
-        self._append(columns, columns, self.old[columns])
+    def _plain(self, columns: Tensor, tokens: Tensor | None = None) -> None:
+        self._append(columns, columns, self.old[columns], torch.full_like(columns, -1) if tokens is None else tokens)
         self.transfers.append(lambda rows, numbers: rows[numbers[columns]])
 
     def _new(self, item: Item, answer: Resample, cells: Tensor) -> None:
@@ -112,7 +121,7 @@ class Row:
         # a token of no source stands with the one before it (a newline), at first with the first cell (a class token)
         place = torch.where(sources >= 0, columns, item.columns[0].to(cells.device))
         place = place.cummax(0).values if place.numel() else place
-        self._append(place, columns, answer.features.to(self.old))
+        self._append(place, columns, answer.features.to(self.old), sources)
         transfer = answer.transfer
 
         def further(rows: Tensor, numbers: Tensor) -> Tensor:
@@ -121,11 +130,12 @@ class Row:
 
         self.transfers.append(further)
 
-    def _append(self, keys: Tensor, columns: Tensor, embeds: Tensor) -> None:
+    def _append(self, keys: Tensor, columns: Tensor, embeds: Tensor, tokens: Tensor) -> None:
         self.keys.append(keys)
         self.columns.append(columns)
         self.embeds.append(embeds)
         self.owner.append(torch.full_like(keys, len(self.items) - 1))
+        self.tokens.append(tokens)
 
     def build(self) -> Built:
         keys, order = torch.cat(self.keys).sort(stable=True)
@@ -138,7 +148,8 @@ class Row:
             joined = torch.cat(parts) if parts else rows[:0]
             return joined[order[owner >= 0].to(rows.device) - text]
 
-        return Built(keys, torch.cat(self.columns)[order], torch.cat(self.embeds)[order], owner, self.items, further)
+        columns, embeds, tokens = (torch.cat(part)[order] for part in (self.columns, self.embeds, self.tokens))
+        return Built(keys, columns, embeds, owner, tokens, self.items, further)
 
 
 def place_items(media: str, seen: Seen, layouts: list[MediaLayout], columns: Tensor) -> list[Item]:

@@ -19,6 +19,7 @@ HOSTS: tuple[tuple[str, str, str], ...] = (
     ("open_clip", "tokred.adapters.open_clip", "OpenClipHost"),
     ("transformers", "tokred.adapters.hf_vlm", "HFVLMHost"),
     ("transformers", "tokred.adapters.hf_vision", "HFVisionHost"),
+    ("transformers", "tokred.adapters.hf_llm", "HFLLMHost"),
 )
 
 

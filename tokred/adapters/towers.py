@@ -36,6 +36,7 @@ class Seen:
         scores: {(kind of score, layer): pieces}, one piece a call of the tower.
         dense: frame features before the host pooled them, where they were asked for.
         parts: {layer: q, k and the like} of layers that are running. session: whose patch watched the call.
+        table: of the tokens inside the tower, where methods act there.
         plans: {item: (the `generate` call it is of, the method's answer)}, so that all its passes use one choice.
     """
 
@@ -48,6 +49,7 @@ class Seen:
         self.plans: dict[int, Any] = {}
         self.parts: dict[int, dict[str, Any]] = {}
         self.session: weakref.ref[Any] | None = None
+        self.table: TokenTable | None = None
 
     def add(self, what: str, layer: int, value: Tensor) -> None:
         self.scores.setdefault((what, layer), []).append(value)

@@ -27,6 +27,7 @@ class Request:
     query: str | Sequence[str] | None = None
     frames: Any = None
     frame_scores: Any = None
+    prunable: Tensor | None = None
 
 
 def make_request(**given: Any) -> Request:
@@ -36,7 +37,7 @@ def make_request(**given: Any) -> Request:
     if wrong:
         raise RequestError(f"request({wrong[0]}=...): expected {', '.join(known)}")
     if not any(value is not None for value in given.values()):
-        raise RequestError("request() was given nothing; give query=, frames= or frame_scores=")
+        raise RequestError("request() was given nothing; give query=, frames=, frame_scores= or prunable=")
     return Request(**given)
 
 
@@ -118,6 +119,40 @@ class GroupSource:
 
     def newline(self) -> Tensor | None:
         return self.session.parts.newline()
+
+    def carried(self, item: int) -> Tensor:
+        """Cells that stand for the tokens as methods inside the tower left them, tile by tile; all of them, in order,
+        where tokens of the tower and cells are not the same things."""
+        layout, table = self.layout, self.seen.table
+        if table is None or table.total != layout.cells_per_partition:
+            return torch.tensor(layout.cells, device=self.features.device)
+        if table.origins is None:
+            return torch.arange(layout.total_cells, device=self.features.device)
+        origins, member = table.origins, self.members[item]
+        first = sum(self.session.parts.tiles(self.seen)[: member.index])
+        cells = []
+        for tile in range(layout.partitions):
+            own = origins[first + tile]
+            if table.valid is not None:
+                own = own[table.valid[first + tile]]
+            cells.append(own + tile * layout.cells_per_partition)
+        return torch.cat(cells).to(self.features.device)
+
+    def mark(self, name: str) -> Tensor:
+        """(G, n, ...): a mark that a method inside the tower wrote, for each token of the prompt; of a token that
+        stands for several of the tower, whether any has it, or the mean."""
+        table = self.seen.table
+        assert table is not None
+        values = table.marks[name]
+        if table.group is not None:
+            index = table.group.clamp_min(0).reshape(*table.group.shape, *[1] * (values.dim() - 2))
+            gone = (table.group < 0).reshape(index.shape)
+            values = values.gather(1, index.expand(-1, -1, *values.shape[2:])).masked_fill(gone, 0)
+        flat = values.flatten(2) if values.dim() > 2 else values[..., None]
+        cells = self._to_cells(self._split(flat.float().transpose(1, 2)), total=values.dtype == torch.bool)
+        tokens = cells.transpose(2, 3).flatten(1, 2)[:, torch.tensor(self.layout.cells, device=cells.device)]
+        tokens = tokens > 0 if values.dtype == torch.bool else tokens.to(values.dtype)
+        return tokens if values.dim() > 2 else tokens[..., 0]
 
     def _scores(self, what: str, layer: int) -> Tensor:
         found = self.seen.get(what, layer)

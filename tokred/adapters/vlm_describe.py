@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred.adapters.decoder_parts import decoder_info
+from tokred.adapters.decoder_session import DecoderSession
 from tokred.adapters.towers import PlainTower, QwenTower, Seen
+from tokred.core.budget import check_count
 from tokred.core.errors import InvalidParameterError, UnsupportedModelError
-from tokred.core.sites import DecoderInfo, MediaLayout, PromptInfo
+from tokred.core.sites import MediaLayout, PromptInfo
 
-__all__ = ["describe_prompt"]
+__all__ = ["describe_prompt", "filter_layer_of"]
 
 TEXT_TOKENS = 60
-_KEYS = ("image_size", "video", "text_tokens")
+_KEYS = ("image_size", "video", "text_tokens", "kept_tokens")
 
 
 def describe_prompt(host: Any, given: object) -> PromptInfo:
@@ -32,9 +35,17 @@ def describe_prompt(host: Any, given: object) -> PromptInfo:
         text=text,
         tower=tower.info,
         vision_macs=sum(_vision_macs(parts, tower, seen, layouts) for seen, layouts in calls),
-        decoder=_decoder(parts.language_model),
+        decoder=decoder_info(parts.language_model),
         encoder=_encoder_info(host),
     )
+
+
+def filter_layer_of(patch: Any) -> int | None:
+    """The layer that a patch's method of the `Prompt` site asks; None if it has none."""
+    from tokred.adapters.hf_vlm import Pipeline
+
+    parts = patch._attachment.parts if isinstance(patch._attachment, Pipeline) else ()
+    return next((p.layer for p in parts if isinstance(p, DecoderSession) and p.prompt is not None), None)
 
 
 Call = tuple[Seen, list[MediaLayout]]
@@ -55,7 +66,9 @@ def _from_sizes(parts: Any, given: object) -> tuple[list[Call], int]:
         if "video" not in parts.medias:
             raise UnsupportedModelError(f"{type(parts.inner).__name__} takes no videos")
         calls.append(_video_call(parts, tuple(int(n) for n in sizes["video"])))
-    return [(seen, parts.layouts(seen)) for seen in calls], int(sizes.get("text_tokens", TEXT_TOKENS))
+    return [(seen, parts.layouts(seen)) for seen in calls], check_count(
+        "text_tokens", sizes.get("text_tokens", TEXT_TOKENS)
+    )
 
 
 def _from_inputs(parts: Any, given: Mapping[str, Any]) -> tuple[list[Call], int]:
@@ -198,12 +211,6 @@ def _projector_macs(parts: Any) -> int:
     """Multiply-adds of one token in the projector."""
     projector = getattr(parts.inner, parts.projector)
     return _linear(projector) + sum(p.numel() for p in projector.parameters(recurse=False))
-
-
-def _decoder(language: Any) -> DecoderInfo:
-    layer = language.layers[0]
-    dim = int(language.config.hidden_size)
-    return DecoderInfo(len(language.layers), dim, _square_width(layer), _linear(layer))
 
 
 def _encoder_info(host: Any) -> Any:

@@ -106,6 +106,14 @@ class Family(ABC):
         """What the language model takes as attention mask, given the (B, keys) mask of real tokens."""
         return mask
 
+    def layer_mask(self, types: Tensor | None, mask: Tensor, hidden: Tensor, cache: Any, layer: int) -> Any:
+        """The mask of one layer, where the family's is not simply causal (else None); {kind of layer: mask} if several.
+
+        Args:
+            types: (B, T) token types of a prompt, None behind it. mask: (B, keys). hidden: (B, q, D).
+        """
+        return None
+
     def mask_arguments(self, mask: Tensor, embeds: Tensor, cache: Any) -> dict[str, Any]:
         """What the mask functions of the library are given."""
         return {
@@ -361,6 +369,17 @@ class PaliGemma(Family):
             return full
         return {"full_attention": full, "sliding_attention": module.create_sliding_window_causal_mask(**arguments)}
 
+    def layer_mask(self, types: Tensor | None, mask: Tensor, hidden: Tensor, cache: Any, layer: int) -> Any:
+        module, arguments = self.library, self.mask_arguments(mask, hidden, cache)
+        blocks = None if types is None else torch.where(types == 0, 0, -1)
+        full = module.create_causal_mask(
+            **arguments, layer_idx=layer, block_sequence_ids=blocks, allow_is_causal_skip=False
+        )
+        if getattr(self.config.text_config, "sliding_window", None) is None:
+            return full
+        sliding = module.create_sliding_window_causal_mask(**arguments, layer_idx=layer, allow_is_causal_skip=False)
+        return {"full_attention": full, "sliding_attention": sliding}
+
 
 class Gemma3(Family):
     """Gemma 3: patches pooled to a fixed grid; the tokens of an image see each other in both directions."""
@@ -379,6 +398,23 @@ class Gemma3(Family):
             return module.create_masks_for_generate(**arguments)
         blocks = module.get_block_sequence_ids_for_mask(types, device=embeds.device)
         return module.create_masks_for_vision_model(block_sequence_ids=blocks, **arguments)
+
+    def layer_mask(self, types: Tensor | None, mask: Tensor, hidden: Tensor, cache: Any, layer: int) -> Any:
+        if types is None:
+            return None
+        module, arguments = self.library, self.mask_arguments(mask, hidden, cache)
+        arguments["layer_idx"] = layer
+        blocks = module.get_block_sequence_ids_for_mask(types, device=hidden.device)
+        keys = hidden.shape[1] if cache is None else sum(cache.get_mask_sizes(hidden.shape[1], layer))
+        padded = torch.nn.functional.pad(blocks, (0, max(0, keys - blocks.shape[1])), value=-1)
+        same_image = module.blockwise_overlay(padded)
+        window = module.sliding_window_overlay(arguments["config"].sliding_window)
+        return {
+            "full_attention": module.create_causal_mask(**arguments, or_mask_function=same_image),
+            "sliding_attention": module.create_causal_mask(
+                **arguments, or_mask_function=same_image, and_mask_function=window
+            ),
+        }
 
 
 class Qwen(Family):

@@ -27,6 +27,7 @@ class Method:
         sites: the names of the sites where the method acts; of several, `acts_at` says which it takes of a host.
         any_site: whether one of its sites is enough.
         conflicts: other methods (by name) that cannot share a model with this one, with the reason.
+        listed: False for a part of a method that has a site of its own, but no name.
     """
 
     name: ClassVar[str]
@@ -35,10 +36,11 @@ class Method:
     sites: ClassVar[tuple[str, ...]] = ()
     any_site: ClassVar[bool] = False
     conflicts: ClassVar[Mapping[str, str]] = {}
+    listed: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
+        if "name" in cls.__dict__ and cls.listed:
             _REGISTRY[cls.name] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Method:
@@ -63,6 +65,11 @@ class Method:
         assert dataclasses.is_dataclass(self)
         shown = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    @property
+    def spoken(self) -> str:
+        """What messages call it."""
+        return type(self).__name__ if self.listed else self.title
 
     def replace(self, **changes: Any) -> Any:
         """Return a copy with some fields changed."""

@@ -29,7 +29,8 @@ _RECORD = "_tokred"
 OPTIONS: dict[str, tuple[str, str]] = {
     "exit": (
         "EncoderBlock",
-        '"reduced" hands reduced tokens on, "restore" scatters them back to every position at the end of the encoder',
+        '"reduced" hands reduced tokens on, "restore" scatters them back to every position at the end of the encoder, '
+        '"carry" (multimodal models) restores them and hands each on once to the language model',
     ),
     "fill": ("EncoderBlock", 'what "restore" writes where a token was dropped: "nearest" survivor or "zeros"'),
     "score_backend": (
@@ -161,7 +162,8 @@ def patch(model: nn.Module, method: object, **parameters: Any) -> Patch:
         model: a model that a host serves, or one that holds exactly one such part (`tokred.hosts()` lists them).
         method: an instance such as ``tokred.ToMe(r=8)``, a name with its parameters as keywords, or a list of methods.
         **parameters: parameters of a method given by name, and options: ``exit="reduced" | "restore"`` (hand reduced
-            tokens on, or scatter them back to every position at the end of the encoder), ``fill="nearest" | "zeros"``
+            tokens on, or scatter them back to every position at the end of the encoder; on multimodal models also
+            ``"carry"``: the language model reads each once), ``fill="nearest" | "zeros"``
             (what is written where a token was dropped), ``score_backend="auto" | "recompute" | "matrix"``;
             on multimodal models ``processor=`` (lets methods read the question and the frames) and
             ``restore_length=True`` (logits and hidden states at every position of the caller's prompt; False gives

@@ -39,6 +39,10 @@ Placement = Literal["attn", "block"]
 SITES: dict[str, str] = {
     "EncoderBlock": "after the attention residual, or after the whole block, of a vision encoder layer",
     "VisualFeatures": "between vision encoder and language model: the visual tokens of one image or video",
+    "Prompt": "around generate: the first layers of the language model read the prompt, and a part of it goes on",
+    "PrefillLayer": "before a layer of the language model, while it reads the prompt",
+    "FeedForward": "the MLP of a layer of the language model: watched in the prefill, made smaller in decoding",
+    "CacheAfterPrefill": "the KV cache, once the prompt has gone through all layers",
 }
 
 
@@ -122,7 +126,12 @@ class EncoderBlock:
     tokens: Tensor
     table: TokenTable
     tap: Callable[[], AttentionTap]
+    written: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _tapped: AttentionTap | None = field(default=None, init=False, repr=False)
+
+    def mark(self, name: str, values: Tensor) -> None:
+        """Write a mark, (B, n, ...) one entry for each token as it is before this reduction; later sites read it."""
+        self.written[name] = values
 
     @property
     def prefix(self) -> int:
@@ -317,12 +326,27 @@ class Needs:
 
 @dataclass(frozen=True)
 class DecoderInfo:
-    """A language model in numbers: layers, width of all query heads, and multiply-adds of a layer's weights a token."""
+    """A language model in numbers.
+
+    Attributes:
+        depth, dim: of its layers. width: of all query heads. layer_macs: multiply-adds of a layer's weights a token.
+        heads, kv_heads, head_dim: of its attention. neurons: I, inner width of an MLP; mlp_macs: multiply-adds of an
+            MLP a token. vocabulary: number of token ids.
+        name: of the checkpoint, as far as the config tells. family: the config's model type.
+    """
 
     depth: int
     dim: int
     width: int
     layer_macs: int
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    neurons: int = 0
+    mlp_macs: int = 0
+    vocabulary: int = 0
+    name: str = ""
+    family: str = ""
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds of a prefill of `tokens`: ``L [T (4 d^2 + 3 d m) + 2 T^2 d]`` for a Llama (HiRED, section 8
@@ -365,6 +389,7 @@ class VisualSource(Protocol):
     def frame_scores(self, item: int) -> Tensor | None: ...
     def newline(self) -> Tensor | None: ...
     def default_scorer(self) -> FrameScorer: ...
+    def carried(self, item: int) -> Tensor: ...
 
 
 @dataclass
@@ -459,6 +484,10 @@ class VisualFeatures:
     def default_scorer(self) -> FrameScorer:
         """The frame scorer that is used where none was given; the error of one out of reach names ``scorer=``."""
         return self.source.default_scorer()
+
+    def carried(self, item: int) -> Tensor:
+        """(m,) int64: cells that stand for the tokens as methods inside the vision tower left them, in that order."""
+        return self.source.carried(item)
 
     @property
     def newline(self) -> Tensor | None:

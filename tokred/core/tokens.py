@@ -43,12 +43,14 @@ class Merge:
         representative: (B, K) int64, the token that lends its position (rotary angle, mask column) to each slot.
         weights: (B, N) float or None. None weighs tokens by their sizes (ToMe section 3); otherwise these are used.
         reduce: "mean" divides by the sum of the weights, "sum" does not (EViT's fused token).
+        valid: (B, K) bool or None. False marks a slot that only pads a row which has fewer than K.
     """
 
     assignment: Tensor
     representative: Tensor
     weights: Tensor | None = None
     reduce: Literal["mean", "sum"] = "mean"
+    valid: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -157,9 +159,15 @@ class TokenTable:
             self,
             steps=(*self.steps, Step(layer, method, change, self.count, slots)),
             sizes=merged,
-            valid=None if self.valid is None else self.valid.gather(1, change.representative),
+            valid=self._valid_after(change),
             marks={name: _merge_mark(value, assignment, slots, sizes) for name, value in self.marks.items()},
         )
+
+    def _valid_after(self, change: Merge) -> Tensor | None:
+        if self.valid is None:
+            return change.valid
+        valid = self.valid.gather(1, change.representative)
+        return valid if change.valid is None else valid & change.valid
 
     @property
     def group(self) -> Tensor | None:

@@ -16,7 +16,7 @@ from tokred.core.tokens import TokenTable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MediaStep", "Trace", "TraceStep"]
+__all__ = ["LayerStep", "MediaStep", "PromptStep", "Trace", "TraceStep"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,10 @@ class TraceStep:
 
 @dataclass(frozen=True, eq=False)
 class MediaStep:
-    """What became of the visual tokens of one image or video before the language model.
+    """What became of the visual tokens of one image or video, before the language model or inside it.
 
     Attributes:
+        layer: of the language model before which it happened; None for before the language model itself.
         method: by name. sample: row of the batch. layout: how its tokens lay.
         tokens_in, tokens_out: newlines and class tokens apart.
         cells: (tokens_out,) int64, the cell of each token in the order of the prompt, -1 for one that stands for none.
@@ -61,15 +62,24 @@ class MediaStep:
     tokens_in: int
     tokens_out: int
     cells: Tensor
+    layer: int | None = None
 
     @classmethod
-    def of(cls, method: str, sample: int, layout: MediaLayout, tokens: Tensor) -> MediaStep:
+    def of(
+        cls,
+        method: str,
+        sample: int,
+        layout: MediaLayout,
+        tokens: Tensor,
+        layer: int | None = None,
+        tokens_in: int | None = None,
+    ) -> MediaStep:
         """`tokens` (m,) are positions among the prunable tokens of the layout, -1 for none."""
         cells = torch.tensor(layout.cells, device=tokens.device)
         taken = torch.where(tokens >= 0, cells[tokens.clamp_min(0)], tokens)
-        return cls(method, sample, layout, cells.shape[0], tokens.shape[0], taken)
+        came = cells.shape[0] if tokens_in is None else tokens_in
+        return cls(method, sample, layout, came, tokens.shape[0], taken, layer)
 
-    layer: ClassVar[None] = None
     valid: ClassVar[None] = None
 
     @property
@@ -103,7 +113,8 @@ class MediaStep:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "site": "VisualFeatures",
+            "site": "VisualFeatures" if self.layer is None else "PrefillLayer",
+            "layer": self.layer,
             "method": self.method,
             "sample": self.sample,
             "kind": self.layout.kind,
@@ -117,19 +128,106 @@ class MediaStep:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class PromptStep:
+    """What part of each prompt went on to the language model, by a method that read the whole of it first.
+
+    Attributes:
+        method: by name. layer: the one that chose, 0-based.
+        tokens_in: tokens of each row that were read. kept: for each row the columns of the caller's prompt, ascending.
+        ids: (B, S) token ids of the caller's prompt, None where embeddings were given. length: S.
+    """
+
+    method: str
+    layer: int
+    tokens_in: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    ids: Tensor | None
+    length: int
+
+    valid: ClassVar[None] = None
+
+    @property
+    def tokens_out(self) -> tuple[int, ...]:
+        """Tokens of each row that went on."""
+        return tuple(len(row) for row in self.kept)
+
+    def words(self, tokenizer: Any, row: int = 0, gap: str = " ... ") -> str:
+        """The text that went on, runs of neighbours apart by `gap`.
+
+        Args:
+            tokenizer: a tokenizer or processor, with ``decode(ids)``.
+        """
+        if self.ids is None:
+            raise InvalidParameterError("the prompt was given as embeddings; there are no words to show")
+        runs: list[list[int]] = []
+        for column in self.kept[row]:
+            if not runs or column != runs[-1][-1] + 1:
+                runs.append([])
+            runs[-1].append(column)
+        return gap.join(tokenizer.decode(self.ids[row, run].tolist()) for run in runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"site": "Prompt", **_step_dict(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStep:
+    """What was left of each prompt before a layer of the language model.
+
+    Attributes:
+        layer: 0-based; the number of layers stands for behind the last. method: by name.
+        tokens_in: tokens of each row before. kept: for each row the columns of the caller's prompt that are left, in
+            their order. media: what is left of each image and video.
+    """
+
+    layer: int
+    method: str
+    tokens_in: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    media: tuple[MediaStep, ...] = ()
+
+    valid: ClassVar[None] = None
+
+    @property
+    def tokens_out(self) -> tuple[int, ...]:
+        """Tokens of each row that are left."""
+        return tuple(len(row) for row in self.kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"site": "PrefillLayer", **_step_dict(self), "media": [step.to_dict() for step in self.media]}
+
+
+def _step_dict(step: PromptStep | LayerStep) -> dict[str, Any]:
+    return {
+        "method": step.method,
+        "layer": step.layer,
+        "tokens_in": list(step.tokens_in),
+        "tokens_out": list(step.tokens_out),
+        "kept": [list(row) for row in step.kept],
+    }
+
+
 class Trace:
     """The reductions of one forward pass.
 
     `len(trace)`, iteration and indexing give a `TraceStep` for each reduction inside a vision encoder, then a
-    `MediaStep` for each image or video that was reduced before the language model; a model that was not run yet, or
-    from which nothing was removed, has none.
+    `MediaStep` for each image or video that was reduced before the language model, then a `PromptStep` and
+    `LayerStep`s for what happened in it; a model that was not run yet, or from which nothing was removed, has none.
 
     Attributes:
-        media: the `MediaStep`s alone.
+        media: the `MediaStep`s before the language model alone. language: the steps in it.
     """
 
-    def __init__(self, table: TokenTable | None, prefix: int = 0, media: Sequence[MediaStep] = ()) -> None:
+    def __init__(
+        self,
+        table: TokenTable | None,
+        prefix: int = 0,
+        media: Sequence[MediaStep] = (),
+        language: Sequence[PromptStep | LayerStep] = (),
+    ) -> None:
         self.media = tuple(media)
+        self.language = tuple(language)
         self.prefix = prefix
         self.total = table.total if table is not None else None
         self.grid = table.grid if table is not None else None
@@ -137,9 +235,19 @@ class Trace:
         self._steps: list[TraceStep] | None = None
 
     @property
-    def steps(self) -> list[TraceStep | MediaStep]:
+    def steps(self) -> list[TraceStep | MediaStep | PromptStep | LayerStep]:
         """All reductions, in the order of the data."""
-        return [*self.encoder, *self.media]
+        return [*self.encoder, *self.media, *self.language]
+
+    @property
+    def prompt(self) -> list[PromptStep]:
+        """The choices that a method made of the prompt as a whole."""
+        return [step for step in self.language if isinstance(step, PromptStep)]
+
+    @property
+    def layers(self) -> list[LayerStep]:
+        """The reductions between layers of the language model."""
+        return [step for step in self.language if isinstance(step, LayerStep)]
 
     @property
     def encoder(self) -> list[TraceStep]:
@@ -150,12 +258,13 @@ class Trace:
 
     def followed_by(self, later: Trace) -> Trace:
         """This trace (of an encoder) and what came after it."""
-        return Trace(self._table, self.prefix, (*self.media, *later.media))
+        return Trace(self._table, self.prefix, (*self.media, *later.media), (*self.language, *later.language))
 
     def __len__(self) -> int:
-        return (len(self._table.steps) if self._table is not None else 0) + len(self.media)
+        encoder = len(self._table.steps) if self._table is not None else 0
+        return encoder + len(self.media) + len(self.language)
 
-    def __getitem__(self, index: int) -> TraceStep | MediaStep:
+    def __getitem__(self, index: int) -> TraceStep | MediaStep | PromptStep | LayerStep:
         return self.steps[index]
 
     @property
@@ -172,6 +281,9 @@ class Trace:
             parts.append(f"tokens per image: {chain}")
         parts += [f"{m.layout.kind} of sample {m.sample}: {m.tokens_in} -> {m.tokens_out}" for m in self.media[:4]]
         more = [f"and {len(self.media) - 4} more"] if len(self.media) > 4 else []
+        for step in self.language:
+            where = "prompt" if isinstance(step, PromptStep) else f"before layer {step.layer}"
+            more.append(f"{where}: {_range(step.tokens_in)} -> {_range(step.tokens_out)} tokens")
         return f"Trace({'; '.join([*parts, *more])})"
 
     def restore(self, tokens: Tensor, fill: str = "nearest") -> Tensor:
@@ -213,12 +325,14 @@ class Trace:
                 for step in self.encoder
             ],
             "media": [step.to_dict() for step in self.media],
+            "language": [step.to_dict() for step in self.language],
         }
 
     def draw(self, image: object, step: int = -1, sample: int = 0, item: int = 0) -> Image:
         """Draw what was kept of an image or video: dropped patches fade out, merged ones share their mean colour.
 
-        Images and videos that were reduced before a language model are the last step. Of an image of one tile all
+        After the steps of an encoder comes one for images and videos that were reduced before a language model, then
+        one for each of its layers before which visual tokens were dropped. Of an image of one tile all
         patches are drawn in place; of one cut into tiles the overview and the mosaic, each tile with its number of
         tokens; of a video every frame with its number of tokens and a bar, at the resolution of its tokens where the
         method resized it.
@@ -235,13 +349,17 @@ class Trace:
         """
         if not len(self):
             raise InvalidParameterError("nothing to draw: no forward pass removed a token yet")
-        stages = len(self.encoder) + bool(self.media)
+        drawn = [step.media for step in self.layers if step.media]
+        pictures = [self.media, *drawn] if self.media else drawn
+        stages = len(self.encoder) + len(pictures)
+        if stages == 0:
+            raise InvalidParameterError("nothing to draw: no image or video lost a token")
         if not -stages <= step < stages:
             raise InvalidParameterError(f"step={step}: there are {stages} to draw, 0 to {stages - 1}")
-        if self.media and step % stages == len(self.encoder):
+        if step % stages >= len(self.encoder):
             from tokred.core.draw_media import draw_media
 
-            return draw_media(image, self._media_of(sample, item))
+            return draw_media(image, _media_of(pictures[step % stages - len(self.encoder)], sample, item))
         from tokred.core.draw import draw_step
 
         if self.grid is None:
@@ -251,14 +369,20 @@ class Trace:
             raise InvalidParameterError(f"sample={sample}: the batch has {len(group)} images")
         return draw_step(image, group[sample], self.grid)
 
-    def _media_of(self, sample: int, item: int) -> MediaStep:
-        own = [step for step in self.media if step.sample == sample]
-        if not own:
-            rows = sorted({step.sample for step in self.media})
-            raise InvalidParameterError(f"sample={sample}: rows with an image or video are {rows}")
-        if not 0 <= item < len(own):
-            raise InvalidParameterError(f"item={item}: row {sample} has {len(own)}, numbered from 0")
-        return own[item]
+
+def _media_of(steps: Sequence[MediaStep], sample: int, item: int) -> MediaStep:
+    own = [step for step in steps if step.sample == sample]
+    if not own:
+        rows = sorted({step.sample for step in steps})
+        raise InvalidParameterError(f"sample={sample}: rows with an image or video are {rows}")
+    if not 0 <= item < len(own):
+        raise InvalidParameterError(f"item={item}: row {sample} has {len(own)}, numbered from 0")
+    return own[item]
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _steps(table: TokenTable) -> Sequence[TraceStep]:

@@ -1,0 +1,932 @@
+"""Methods at work inside one language model of transformers.
+
+Before a layer of a prefill where a method drops tokens, hidden states, mask and rotary tables are made anew for that
+layer and all later ones; afterwards the cache carries what each layer holds, and steps on it get a mask and positions
+for each layer. A method of the `Prompt` site acts first: the model's own first layers read the prompt without a cache,
+up to the queries and keys of one layer, and a part of the prompt goes on.
+
+State belongs to one pass and one thread; what outlives the pass travels on the KV cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred import ops
+from tokred.adapters.cache_cuts import UNCUTTABLE, cut_layer, zero_entries
+from tokred.adapters.decoder_parts import Decoder, StopForward, Tapped, tap_layer, untap_layer
+from tokred.adapters.decoder_tokens import (
+    Present,
+    following_position,
+    gather_rows,
+    layer_step,
+    pack,
+    places_of,
+    renumbered,
+)
+from tokred.adapters.logical_cache import Layered, Reduced, layer_states, set_layers
+from tokred.adapters.prompt_session import Columns, Frame, PromptSession
+from tokred.adapters.swap import swap_class, unswap_class
+from tokred.core.decoder import (
+    CacheAfterPrefill,
+    CacheCut,
+    DecoderMethod,
+    FeedForward,
+    LayerNeeds,
+    PrefillLayer,
+    Prompt,
+    PromptMethod,
+    Survivors,
+)
+from tokred.core.errors import (
+    ConflictError,
+    InvalidParameterError,
+    LayerError,
+    RequestError,
+    UnsupportedGenerationError,
+)
+from tokred.core.method import Method
+from tokred.core.trace import PromptStep, Trace
+
+__all__ = ["DecoderSession"]
+
+
+class Pass:
+    """One pass of the language model.
+
+    Attributes:
+        start: the tokens that entered. now: those at the layer that runs. at: {layer: those that entered it}.
+        prefill: whether it reads a prompt. layered: what the cache's layers hold, in later passes.
+        initial: (B,) int64, visual tokens at the start.
+    """
+
+    def __init__(self, start: Present | None, prefill: bool, layered: Layered | None = None) -> None:
+        self.start, self.now, self.prefill, self.layered = start, start, prefill, layered
+        self.at: dict[int, Present] = {}
+        self.taps: dict[int, Tapped] = {}
+        self.masks: dict[Any, Any] = {}
+        self.rotary: dict[Any, Any] = {}
+        self.active: dict[int, Tensor] = {}
+        self.steps: list[tuple[int, str, Present, Present]] = []
+        self.embeds: Tensor | None = None
+        self.deepstack: tuple[Tensor, list[Tensor]] | None = None
+        self.valid: Tensor | None = None  # (B, columns so far) of a later pass
+        self.cuts: list[tuple[int, Present]] = []  # before these layers, only these stay in the cache
+        self.full = 0
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.passes: list[Pass | None] = []
+        self.listener: Callable[[int], Callable[[Tapped], None] | None] | None = None
+        self.chosen: tuple[object, Tensor, int] | None = None  # (generate, what went on, columns then)
+        self.trace: tuple[Any, ...] = ()
+
+
+class DecoderSession:
+    """Methods inside one language model.
+
+    Attributes:
+        front: keeps the books of the prompt around it. decoder: the language model. prompt: the method of the `Prompt`
+            site, or None. methods: the others. rules: {layer: (method, needs)}.
+    """
+
+    def __init__(self, front: PromptSession, decoder: Decoder, methods: Sequence[Method]) -> None:
+        self.front, self.decoder = front, decoder
+        self.info = decoder.info
+        prompts = [m for m in methods if isinstance(m, PromptMethod)]
+        if len(prompts) > 1:
+            raise ConflictError("two methods choose what part of the prompt the language model reads; give one of them")
+        self.prompt = prompts[0] if prompts else None
+        self.methods = [m for m in methods if isinstance(m, DecoderMethod)]
+        self.rules = self._bind()
+        self.sparse = self._bind_sparse()
+        self._one(
+            "rewrite the KV cache", [m for m in self.methods if m.cuts_cache(self.info) or m.cuts_early(self.info)]
+        )
+        self.cutter = next((m for m in self.methods if m.cuts_cache(self.info)), None)
+        self.by_length = any((m.decode_position or m.own_decode_position) == "cache_length" for m in self.methods)
+        for method in (*self.methods, *prompts):
+            self._positions(method)
+            front.refuses.update(getattr(method, "refuses", {}))
+        front.checks_always = True
+        if self.prompt is not None:
+            front.refuses["past_key_values=whole"] = (
+                "the cache holds a prompt that was not filtered, and what follows cannot be chosen together with it"
+            )
+        if self.cutter is not None or self.rules:
+            front.refuses.update(UNCUTTABLE)
+        self.layer = -1
+        self.handles: list[Any] = []
+        self.tapped: list[Any] = []
+        self.swapped: list[nn.Module] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self.thread = _Thread()
+        self._newest: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("thread", "_newest")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    # -- what the methods want -----------------------------------------------------------------------------------------
+
+    def _bind(self) -> dict[int, tuple[DecoderMethod, LayerNeeds]]:
+        rules: dict[int, tuple[DecoderMethod, LayerNeeds]] = {}
+        for method in self.methods:
+            for layer, needs in method.layers(self.info).items():
+                if layer in rules:
+                    raise ConflictError(
+                        f"{type(rules[layer][0]).__name__} and {type(method).__name__} both drop tokens before layer "
+                        f"{layer}; give them different layers"
+                    )
+                if not 1 <= layer <= self.info.depth:
+                    raise LayerError(
+                        f"{type(method).__name__} drops tokens before layer {layer}; this model has "
+                        f"{self.info.depth} layers, so 1 to {self.info.depth} can be meant"
+                    )
+                if needs.own and layer == self.info.depth:
+                    raise LayerError(f"{type(method).__name__}: there is no layer {layer} whose queries could be asked")
+                rules[layer] = (method, needs)
+        return dict(sorted(rules.items()))
+
+    def _bind_sparse(self) -> dict[int, DecoderMethod]:
+        wanting = [m for m in self.methods if m.sparse_layers(self.info)]
+        method = self._one("choose the neurons of MLPs", wanting)
+        if method is None:
+            return {}
+        layers = sorted(method.sparse_layers(self.info))
+        if layers[-1] >= self.info.depth:
+            raise LayerError(f"{type(method).__name__}: layer {layers[-1]} of a model with {self.info.depth} layers")
+        return dict.fromkeys(layers, method)
+
+    def _one(self, what: str, methods: Sequence[DecoderMethod]) -> DecoderMethod | None:
+        if len(methods) > 1:
+            names = " and ".join(type(m).__name__ for m in methods)
+            raise ConflictError(f"{names} both {what}; give one of them")
+        return methods[0] if methods else None
+
+    def _positions(self, method: Any) -> str:
+        if method.positions == "compact" and self.decoder.mrope:
+            raise InvalidParameterError(
+                "positions='compact': positions of Qwen-VL models are places in time and space, which a token keeps; "
+                "use positions='original' or None"
+            )
+        return "original" if self.decoder.mrope else method.positions or method.own_positions
+
+    # -- installation --------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        self.front.notes_columns = True
+        module, layers = self.decoder.module, self.decoder.layers
+        if self.prompt is not None:
+            tap_layer_of = range(len(layers))
+            for index in tap_layer_of:
+                self._tap(index)
+            self.layer = self.prompt.filter_layer(self.info, self.probe)
+            for index in tap_layer_of:
+                if index != self.layer:
+                    self._untap(index)
+        for layer, (_, needs) in self.rules.items():
+            for index in [layer - 1] * needs.previous + [layer] * needs.own:
+                self._tap(index)
+        self.handles.append(module.register_forward_pre_hook(BeforeDecoder(self), with_kwargs=True))
+        self.handles.append(module.register_forward_hook(AfterDecoder(self), always_call=True, prepend=True))
+        if not (self.rules or self.sparse or self.cutter):
+            return
+        for index, layer in enumerate(layers):
+            self.handles.append(layer.register_forward_pre_hook(BeforeLayer(self, index), with_kwargs=True))
+            self.handles.append(layer.register_forward_hook(AfterLayer(self, index), prepend=True))
+        for index in self.sparse:
+            mlp = layers[index].mlp
+            down = getattr(mlp, self.decoder.mlp(index).down)
+            self.handles.append(down.register_forward_pre_hook(BeforeDown(self, index)))
+            swap_class(mlp, _mlp_class)
+            mlp._tokred_mlp = (self, index)
+            self.swapped.append(mlp)
+
+    def _tap(self, index: int) -> None:
+        attention = self.decoder.layers[index].self_attn
+        if attention not in self.tapped:
+            tap_layer(attention, Listener(self), index)
+            self.tapped.append(attention)
+
+    def _untap(self, index: int) -> None:
+        attention = self.decoder.layers[index].self_attn
+        untap_layer(attention)
+        self.tapped.remove(attention)
+
+    def remove(self) -> None:
+        """Take everything away again; safe to call twice."""
+        for handle in reversed(self.handles):
+            handle.remove()
+        for attention in self.tapped:
+            untap_layer(attention)
+        for module in self.swapped:
+            unswap_class(module)
+            module.__dict__.pop("_tokred_mlp", None)
+        self.handles, self.tapped, self.swapped = [], [], []
+
+    @property
+    def trace(self) -> Trace:
+        """What the last prefill of this thread (else of any thread) kept."""
+        return Trace(None, language=self.thread.trace or self._newest)
+
+    @property
+    def running(self) -> Pass | None:
+        return self.thread.passes[-1] if self.thread.passes else None
+
+    # -- the language model --------------------------------------------------------------------------------------------
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begin a pass."""
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.thread.passes.append(None)
+        frame = self.front.frame
+        if frame is None:  # the language model alone, not through the model that was patched
+            return None
+        if self.front.inner.training and "training" in self.front.refuses:
+            raise UnsupportedGenerationError(f"a pass in training mode is refused: {self.front.refuses['training']}")
+        cache = kwargs.get("past_key_values")
+        if frame.past > 0:
+            layered = layer_states(cache)
+            if layered is not None:
+                self.thread.passes[-1] = self._later(frame, kwargs, layered)
+            return (), kwargs
+        new = self._columns(frame, kwargs)
+        if self.rules and not self.sparse and self.front.asks_prunable and not bool(new.visual.any()):
+            name = type(next(iter(self.rules.values()))[0]).__name__
+            raise RequestError(
+                f"{name} drops tokens that are marked as prunable, and a text model marks none by itself; use "
+                "with patch.request(prunable=mask): ..., a bool mask of the shape of input_ids"
+            )
+        if self.prompt is not None and self.front.thread.generation is not None:
+            kwargs, new = self._filter(frame, kwargs, new)
+        if self.rules or self.sparse or self.cutter:
+            self.thread.passes[-1] = self._begin(frame, kwargs, new)
+        return (), kwargs
+
+    def _columns(self, frame: Frame, kwargs: Mapping[str, Any]) -> Columns:
+        """What is known of the columns that enter the language model."""
+        x = _entering(kwargs)
+        batch, length = x.shape[:2]
+        new = frame.new
+        if new is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+            if frame.mask is not None:
+                valid = frame.mask[:, frame.past :].bool().to(x.device)
+            new = Columns.plain(valid)
+        request = self.front.thread.request
+        if request is not None and request.prunable is not None:
+            new = self._mark_prunable(request.prunable, new)
+        return new
+
+    def _mark_prunable(self, prunable: Tensor, new: Columns) -> Columns:
+        rows, length = new.visual.shape
+        given = torch.as_tensor(prunable)
+        fits = given.dim() == 2 and given.dtype == torch.bool and rows % max(given.shape[0], 1) == 0
+        if not fits or int(new.origin.max()) >= given.shape[1]:
+            raise RequestError(
+                f"request(prunable=...) has shape {tuple(given.shape)} and dtype {given.dtype}; expected a bool mask "
+                f"(samples, {length}), True for the tokens of each prompt that may be dropped"
+            )
+        given = given.to(new.visual.device).repeat_interleave(rows // given.shape[0], dim=0)
+        return replace(new, visual=given.gather(1, new.origin) & new.valid)
+
+    def _begin(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> Pass:
+        """A prefill: note the tokens that enter."""
+        x = _entering(kwargs)
+        batch, length = x.shape[:2]
+        positions = None
+        if not self.decoder.mrope:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(length, device=x.device)[None]
+            positions = positions.expand(batch, -1)
+        columns = torch.arange(length, device=x.device).expand(batch, -1)
+        types = frame.types_out if frame.types_out is not None else frame.types
+        start = Present(columns, new.valid, new.visual, new.media, positions, new.marks, types)
+        running = Pass(start, prefill=True)
+        running.full = length
+        if any(needs.embeddings for _, needs in self.rules.values()):
+            ids = kwargs.get("input_ids")
+            running.embeds = kwargs["inputs_embeds"] if ids is None else self.decoder.module.embed_tokens(ids)
+        deep = kwargs.get("deepstack_visual_embeds")
+        if deep is not None and self.rules and min(self.rules) < len(deep):
+            # the library adds these behind its first layers, at columns that may be gone by then
+            running.deepstack = (kwargs["visual_pos_masks"], list(deep))
+            kwargs["visual_pos_masks"] = kwargs["deepstack_visual_embeds"] = None
+        return running
+
+    def _later(self, frame: Frame, kwargs: dict[str, Any], layered: Layered) -> Pass:
+        """A pass on a cache whose layers hold parts of the prompt."""
+        running = Pass(None, prefill=False, layered=layered)
+        x = _entering(kwargs)
+        total = frame.past + x.shape[1]
+        running.full = total
+        mask = frame.mask
+        if mask is None and any(s is not None and not s.whole for s in layered.states):
+            mask = torch.ones(x.shape[0], total, dtype=torch.long, device=x.device)
+        running.valid = mask
+        return running
+
+    def after(self, output: Any) -> Any:
+        """End a pass: the cache carries what its layers hold, and hidden states go back to the length that entered."""
+        running = self.thread.passes.pop()
+        if output is None or running is None or not running.prefill:
+            return None
+        assert running.start is not None
+        assert running.now is not None
+        cache = output.past_key_values if hasattr(output, "past_key_values") else None
+        if cache is not None:
+            self._carry(running, cache)
+        self._record(running)
+        if running.now is running.start or not self.front.restore_length:
+            return None
+        hidden = output[0]
+        place = places_of(running.now.columns, running.now.valid, running.full)
+        restored = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
+        if isinstance(output, tuple):
+            return (restored, *output[1:])
+        output.last_hidden_state = restored
+        return None
+
+    # -- layers --------------------------------------------------------------------------------------------------------
+
+    def before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        running = self.running
+        if running is None:
+            return None
+        if running.prefill:
+            return self._prefill_layer(running, index, args, kwargs)
+        assert running.layered is not None
+        state = running.layered.states[index]
+        if state is None and not any(running.layered.states[:index]):
+            return None  # as the library made it: masks have the size of the first layer of each kind
+        hidden, cache = args[0], kwargs.get("past_key_values")
+        key = (id(state), self.decoder.kinds[index])
+        if key not in running.masks:
+            valid = running.valid
+            if valid is not None and state is not None:
+                valid = state.translate(valid, running.full)
+            if valid is not None and bool(valid.all()):
+                valid = None
+            running.masks[key] = self.decoder.mask(index, valid, hidden, cache, None, False)
+        kwargs = {**kwargs, "attention_mask": running.masks[key]}
+        if state is not None and state.shift is not None:
+            if key not in running.rotary:
+                positions = kwargs["position_ids"] - state.shift.to(hidden.device)
+                running.rotary[key] = self.decoder.rotary(index, hidden, positions)
+            kwargs["position_embeddings"] = running.rotary[key]
+        return args, kwargs
+
+    def _prefill_layer(self, running: Pass, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0]
+        if index in self.rules:
+            hidden = self._prune(running, index, hidden, kwargs)
+        now = running.now
+        assert now is not None
+        running.at[index] = now
+        if now is running.start:
+            return None
+        return (hidden, *args[1:]), self._fit(running, index, hidden, kwargs)
+
+    def _fit(self, running: Pass, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What travels beside the tokens, for those that are present."""
+        now = running.now
+        assert now is not None
+        key = (id(now), self.decoder.kinds[index])
+        if key not in running.masks:
+            valid = None if bool(now.valid.all()) else now.valid
+            cache = kwargs.get("past_key_values")
+            running.masks[key] = self.decoder.mask(index, valid, hidden, cache, now.types, True)
+            if now.positions is not None:
+                running.rotary[key] = self.decoder.rotary(index, hidden, now.positions)
+            else:
+                cos, sin = kwargs["position_embeddings"]
+                running.rotary[key] = (gather_rows(cos, now.columns), gather_rows(sin, now.columns))
+        return {
+            **kwargs,
+            "attention_mask": running.masks[key],
+            "position_embeddings": running.rotary[key],
+            "position_ids": None,
+        }
+
+    def after_layer(self, index: int, output: Any) -> Any:
+        running = self.running
+        if running is None or not running.prefill:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        changed = hidden
+        if running.deepstack is not None and index < len(running.deepstack[1]):
+            changed = self._add_deepstack(running, index, changed)
+        last = index == self.info.depth - 1
+        if last and index + 1 in self.rules:
+            changed = self._prune(running, index + 1, changed, {})
+        if changed is hidden:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def _add_deepstack(self, running: Pass, index: int, hidden: Tensor) -> Tensor:
+        assert running.deepstack is not None
+        assert running.now is not None
+        masks, rows = running.deepstack
+        masks = masks.to(hidden.device)
+        numbers = (masks.flatten().long().cumsum(0) - 1).reshape(masks.shape).gather(1, running.now.columns)
+        there = masks.gather(1, running.now.columns) & running.now.valid
+        hidden = hidden.clone()
+        hidden[there] = hidden[there] + rows[index].to(hidden.device, hidden.dtype)[numbers[there]]
+        return hidden
+
+    def _prune(self, running: Pass, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Ask the method that acts before `layer`; returns what goes on, (B, K, D)."""
+        now, start = running.now, running.start
+        assert now is not None
+        assert start is not None
+        if not bool(now.visual.any()):
+            running.taps.pop(layer - 1, None)
+            return hidden
+        method, needs = self.rules[layer]
+        if needs.own:
+            running.taps[layer] = self._ask_layer(running, layer, hidden, kwargs)
+        view = PrefillLayer(
+            layer=layer,
+            info=self.info,
+            hidden=hidden,
+            visual=now.visual,
+            text=now.valid & ~now.visual,
+            columns=now.columns,
+            media=now.media,
+            initial=start.visual.sum(dim=1),
+            marks=now.marks,
+            source=RunningLayer(self, running, layer),
+        )
+        with torch.no_grad():
+            answer = method.prune(view)
+        running.taps.clear()
+        if answer is None:
+            return hidden
+        return self._carry_out(running, layer, method, hidden, answer)
+
+    def _carry_out(self, running: Pass, layer: int, method: DecoderMethod, hidden: Tensor, answer: Survivors) -> Tensor:
+        now = running.now
+        assert now is not None
+        if answer.marks:
+            now = replace(now, marks={**now.marks, **answer.marks})
+        stay = now.valid & (answer.keep | ~now.visual)
+        merged = hidden if answer.hidden is None else answer.hidden.to(hidden)
+        if bool((stay == now.valid).all()) and answer.order is None:
+            running.now = now if answer.marks else running.now
+            return merged
+        index, real = pack(stay, answer.order)
+        after = now.take(index, real)
+        if self._positions(method) == "compact" and after.positions is not None:
+            after = replace(after, positions=renumbered(now, real))
+        running.now = after
+        if answer.cut_earlier_cache:
+            running.cuts.append((layer, after))
+        running.steps.append((layer, method.name, now, after))
+        return ops.gather_tokens(merged, index)
+
+    def _ask_layer(self, running: Pass, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tapped:
+        """Queries and keys of a layer that has not run yet, made by its own modules."""
+        if running.now is not running.start:
+            kwargs = self._fit(running, layer, hidden, kwargs)
+        return self._listen_once(
+            layer,
+            lambda: type(self.decoder.layers[layer]).forward(
+                self.decoder.layers[layer], hidden, **{**kwargs, "past_key_values": None, "use_cache": False}
+            ),
+        )
+
+    def _listen_once(self, layer: int, run: Callable[[], Any]) -> Tapped:
+        """Run until the attention of `layer` has its queries and keys."""
+        heard: dict[int, Tapped] = {}
+
+        def listen(index: int) -> Callable[[Tapped], None] | None:
+            def stop(tapped: Tapped) -> None:
+                heard[index] = tapped
+                raise StopForward
+
+            return stop if index == layer else None
+
+        before, self.thread.listener = self.thread.listener, listen
+        try:
+            with torch.no_grad():
+                run()
+        except StopForward:
+            return heard[layer]
+        finally:
+            self.thread.listener = before
+        raise AssertionError(f"layer {layer} was not reached")
+
+    def listen(self, index: int) -> Callable[[Tapped], None] | None:
+        """Who wants the queries and keys of layer `index` now."""
+        if self.thread.listener is not None:
+            return self.thread.listener(index)
+        running = self.running
+        if running is None or not running.prefill:
+            return None
+        rule = self.rules.get(index + 1)
+        if rule is None or not rule[1].previous:
+            return None
+        taps = running.taps
+
+        def hear(tapped: Tapped) -> None:
+            taps[index] = tapped
+
+        return hear
+
+    # -- MLPs ----------------------------------------------------------------------------------------------------------
+
+    def before_down(self, index: int, activations: Tensor) -> None:
+        """Show the method the activations of a prefill."""
+        running = self.running
+        if running is None or not running.prefill:
+            return
+        now = running.now
+        assert now is not None
+        view = FeedForward(index, self.info, activations.detach(), now.visual, now.valid & ~now.visual)
+        with torch.no_grad():
+            answer = self.sparse[index].neurons(view)
+        if answer is None:
+            return
+        if answer.marks:
+            running.now = replace(now, marks={**now.marks, **answer.marks})
+            if now is running.start:
+                running.start = running.now
+            running.at[index] = running.now
+        if answer.active is not None:
+            running.active[index] = answer.active
+
+    def mlp(self, index: int, whole: Callable[..., Any], x: Tensor) -> Tensor:
+        """Run an MLP, or the part of it that the request's cache names."""
+        running = self.running
+        if running is None or running.prefill or running.layered is None:
+            return whole(x)
+        part = running.layered.sparse.get(index)
+        return whole(x) if part is None else part(x)
+
+    # -- behind the prompt ---------------------------------------------------------------------------------------------
+
+    def _carry(self, running: Pass, cache: Any) -> None:
+        """Cut the cache, and let it carry what its layers hold."""
+        depth, start = self.info.depth, running.start
+        assert start is not None
+        entered = [running.at[index] for index in range(depth)]
+        cut = self._cuts(running, entered)
+        states: list[Reduced | None] = []
+        made: dict[Any, tuple[Reduced | None, Tensor | None]] = {}
+        for index, now in enumerate(entered):
+            stay = None if cut is None else cut.keep.get(index)
+            if cut is not None and index in cut.zero:
+                zero_entries(cache.layers[index], cut.zero[index] & now.valid, index)
+            if stay is not None:
+                stay = now.valid & stay
+                stay = None if bool((stay == now.valid).all()) else stay
+            key = (id(now), None if stay is None else bytes(stay.cpu().flatten().tolist()))
+            if key not in made:
+                made[key] = self._state(running, now, stay)
+            state, taken = made[key]
+            if taken is not None:
+                cut_layer(cache.layers[index], taken, index)
+            states.append(state)
+        sparse = {
+            index: self.decoder.mlp(index).slice(self.decoder.layers[index].mlp, active)
+            for index, active in running.active.items()
+        }
+        if any(state is not None for state in states) or sparse:
+            set_layers(cache, Layered(running.full, start.valid.shape[0], tuple(states), sparse))
+
+    def _cuts(self, running: Pass, entered: Sequence[Present]) -> CacheCut | None:
+        """What a method wants of the cache, and what leaves it with the tokens that were dropped."""
+        keep: dict[int, Tensor] = {}
+        zero: Mapping[int, Tensor] = {}
+        for before, survivors in running.cuts:
+            alive = survivors.present(running.full)
+            for index in range(before):
+                stay = alive.gather(1, entered[index].columns)
+                keep[index] = stay & keep[index] if index in keep else stay
+        if self.cutter is not None:
+            view = CacheAfterPrefill(
+                info=self.info,
+                columns=[now.columns for now in entered],
+                valid=[now.valid for now in entered],
+                visual=[now.visual for now in entered],
+                marks={index: now.marks for index, now in enumerate(entered)},
+            )
+            answer = self.cutter.cut_cache(view)
+            if answer is not None:
+                zero = answer.zero
+                for index, chosen in answer.keep.items():
+                    keep[index] = chosen & keep[index] if index in keep else chosen
+        return CacheCut(keep, zero) if keep or zero else None
+
+    def _state(self, running: Pass, now: Present, stay: Tensor | None) -> tuple[Reduced | None, Tensor | None]:
+        """What a layer holds whose entries are `now`, of which only `stay` stay; and which to take, if it is cut."""
+        start = running.start
+        assert start is not None
+        if stay is None:
+            valid, index = now.valid, None
+        else:
+            index, valid = pack(stay, None)
+        shift = None
+        if now.positions is not None:
+            assert start.positions is not None
+            following = following_position(start.positions, start.valid)
+            here = following_position(now.positions, now.valid)
+            if self.by_length:
+                first = start.positions.masked_fill(~start.valid, torch.iinfo(torch.long).max).amin(1, keepdim=True)
+                here = first + valid.sum(dim=1, keepdim=True)
+            shift = following - here
+            shift = shift if bool(shift.any()) else None
+        whole = bool(valid.all())
+        whole_prompt = index is None and now.columns.shape == start.columns.shape
+        if whole_prompt and shift is None and bool((valid == start.valid).all()):
+            return None, None
+        return Reduced(mask=valid, full=running.full, shift=shift, whole=whole), index
+
+    # -- the prompt ----------------------------------------------------------------------------------------------------
+
+    def _filter(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> tuple[dict[str, Any], Columns]:
+        """Let the method of the `Prompt` site choose what goes on, and gather it."""
+        x = _entering(kwargs)
+        keep = self._chosen(frame, kwargs, new)
+        if keep is None:
+            return kwargs, new
+        index, real = pack(keep, None)
+        gathered = self._gather(frame, kwargs, new.valid, index, real)
+        frame.new = after = new.take(index, real)
+        back = places_of(index, real, x.shape[1])
+        frame.back = back if frame.back is None else back.gather(1, frame.back)
+        return gathered, after
+
+    def _chosen(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> Tensor | None:
+        """(B, T) bool: what goes on; None for all. Without a cache, each pass of a `generate` repeats its choice."""
+        assert self.prompt is not None
+        run, known = self.front.thread.generation, self.thread.chosen
+        length = new.valid.shape[1]
+        if known is not None and known[0] is run and known[2] < length:
+            keep = torch.cat([known[1], new.valid[:, known[2] :]], dim=1)
+        else:
+            visual, text = new.visual.sum(1).tolist(), (new.valid & ~new.visual).sum(1).tolist()
+            if all(self.prompt.bypasses(v, t) for v, t in zip(visual, text, strict=True)):
+                keep = new.valid
+            else:
+                keep = self._ask_prompt(frame, kwargs, new) & new.valid
+            self.thread.chosen = (run, keep, length)
+            self.thread.trace = ()
+            if not bool((keep == new.valid).all()):
+                self._note_prompt(frame, new, keep)
+        return None if bool((keep == new.valid).all()) else keep
+
+    def _ask_prompt(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> Tensor:
+        assert self.prompt is not None
+        tapped = self._first_layers(frame, kwargs, new, self.layer)
+        with torch.no_grad():
+            return self.prompt.choose(self._prompt_view(tapped, new, self.layer))
+
+    def _prompt_view(self, tapped: Tapped, new: Columns, layer: int) -> Prompt:
+        return Prompt(
+            layer=layer,
+            info=self.info,
+            query=tapped.q[:, :, -1],
+            keys=tapped.k,
+            visual=new.visual,
+            text=new.valid & ~new.visual,
+            columns=new.origin,
+            media=new.media,
+        )
+
+    def _first_layers(self, frame: Frame, kwargs: dict[str, Any], new: Columns, layer: int) -> Tapped:
+        """Run the language model without a cache up to the queries and keys of `layer`."""
+        x = _entering(kwargs)
+        types = frame.types_out if frame.types_out is not None else frame.types
+        mask = self.front.parts.rebuild_mask(types, new.valid.long(), x if x.dim() == 3 else None, None)
+        given = {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
+        self.thread.passes.append(None)
+        try:
+            return self._listen_once(layer, lambda: self.decoder.module.forward(**given))
+        finally:
+            self.thread.passes.pop()
+
+    def _gather(
+        self, frame: Frame, kwargs: dict[str, Any], before: Tensor, index: Tensor, real: Tensor
+    ) -> dict[str, Any]:
+        """Everything that enters the language model, for the columns `index` (B, K) alone."""
+        assert self.prompt is not None
+        out = dict(kwargs)
+        for name in ("input_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                value = kwargs[name]
+                out[name] = ops.gather_tokens(value, index) if value.dim() == 3 else value.gather(1, index)
+        x = _entering(out)
+        length, batch = _entering(kwargs).shape[1], index.shape[0]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(length, device=index.device)[None]
+        if positions.dim() == 3:
+            out["position_ids"] = positions.expand(-1, batch, -1).gather(
+                2, index[None].expand(positions.shape[0], -1, -1)
+            )
+            shift = None
+        else:
+            positions = positions.expand(batch, -1)
+            taken = positions.gather(1, index)
+            shift = None
+            if self._positions(self.prompt) == "compact":
+                first = positions.gather(1, before.long().argmax(dim=1, keepdim=True))
+                taken = first + real.long().cumsum(dim=1) - 1
+                shift = before.sum(1, keepdim=True) - real.sum(1, keepdim=True)
+            out["position_ids"] = torch.where(real, taken, positions.amin())
+        types = frame.types_out if frame.types_out is not None else frame.types
+        if types is not None:
+            types = types[:, -length:].gather(1, index)
+            frame.types_out = types
+            if out.get("token_type_ids") is not None:
+                out["token_type_ids"] = types
+        out["attention_mask"] = self.front.parts.rebuild_mask(
+            types, real.long(), x if x.dim() == 3 else None, kwargs.get("past_key_values")
+        )
+        if kwargs.get("deepstack_visual_embeds") is not None:
+            masks = kwargs["visual_pos_masks"]
+            numbers = (masks.flatten().long().cumsum(0) - 1).reshape(masks.shape).gather(1, index)
+            there = masks.gather(1, index) & real
+            out["visual_pos_masks"] = there
+            out["deepstack_visual_embeds"] = [
+                rows[numbers[there].to(rows.device)] for rows in kwargs["deepstack_visual_embeds"]
+            ]
+        held = frame.state
+        if held is not None and held.shift is not None:
+            shift = held.shift if shift is None else shift + held.shift
+        full = length if held is None else held.full
+        frame.state = Reduced(mask=real, full=full, shift=shift, whole=bool(real.all()), types=types)
+        return out
+
+    def probe(self, ids: Tensor, layers: Sequence[int]) -> dict[int, Prompt]:
+        """Run token ids (B, n) through the layers up to the last of `layers`; what each of them sees."""
+        module = self.decoder.module
+        device = module.embed_tokens.weight.device
+        ids = ids.to(device)
+        heard: dict[int, Tapped] = {}
+        wanted, last = set(layers), max(layers)
+
+        def listen(index: int) -> Callable[[Tapped], None] | None:
+            def hear(tapped: Tapped) -> None:
+                heard[index] = replace(tapped, q=tapped.q[:, :, -1:])
+                if index == last:
+                    raise StopForward
+
+            return hear if index in wanted else None
+
+        before, self.thread.listener = self.thread.listener, listen
+        try:
+            with torch.no_grad():
+                module.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except StopForward:
+            pass
+        finally:
+            self.thread.listener = before
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        new = Columns.plain(valid)
+        return {layer: self._prompt_view(tapped, new, layer) for layer, tapped in heard.items()}
+
+    # -- trace ---------------------------------------------------------------------------------------------------------
+
+    def _record(self, running: Pass) -> None:
+        new = self.front.frame.new if self.front.frame is not None else None
+        prompt = tuple(step for step in self.thread.trace if isinstance(step, PromptStep))
+        steps = tuple(layer_step(layer, name, now, after, new) for layer, name, now, after in running.steps)
+        self.thread.trace = self._newest = (*prompt, *steps)
+
+    def _note_prompt(self, frame: Frame, new: Columns, keep: Tensor) -> None:
+        assert self.prompt is not None
+        kept = [new.origin[row][keep[row]].tolist() for row in range(keep.shape[0])]
+        ids = frame.ids.detach() if frame.ids is not None else None
+        total = tuple(int(n) for n in new.valid.sum(1))
+        step = PromptStep(self.prompt.name, self.layer, total, tuple(tuple(row) for row in kept), ids, frame.length)
+        self.thread.trace = self._newest = (step,)
+
+
+def _entering(kwargs: Mapping[str, Any]) -> Tensor:
+    """(B, T) ids or (B, T, D) embeddings that enter the language model."""
+    ids = kwargs.get("input_ids")
+    return ids if ids is not None else kwargs["inputs_embeds"]
+
+
+class RunningLayer:
+    """The `LayerSource` of one layer in a prefill."""
+
+    def __init__(self, session: DecoderSession, running: Pass, layer: int) -> None:
+        self.session, self.running, self.layer = session, running, layer
+
+    def _tapped(self, own: bool) -> Tapped:
+        return self.running.taps[self.layer if own else self.layer - 1]
+
+    @property
+    def _now(self) -> Present:
+        assert self.running.now is not None
+        return self.running.now
+
+    def attention_rows(self, own: bool, rows: Tensor) -> Tensor:
+        return self._tapped(own).rows(rows, self._now.valid)
+
+    def queries(self, own: bool) -> Tensor:
+        return self._tapped(own).q
+
+    def keys(self, own: bool) -> Tensor:
+        return self._tapped(own).k
+
+    def values(self, own: bool) -> Tensor:
+        return self._tapped(own).v
+
+    def embeddings(self) -> Tensor:
+        assert self.running.embeds is not None
+        return ops.gather_tokens(self.running.embeds, self._now.columns)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.session.decoder.module.norm(x)
+
+
+class Listener:
+    """Tells a tapped layer who listens."""
+
+    def __init__(self, session: DecoderSession) -> None:
+        self.session = session
+
+    def __call__(self, index: int) -> Callable[[Tapped], None] | None:
+        return self.session.listen(index)
+
+
+def _mlp_class(base: type) -> dict[str, Any]:
+    """An MLP that may run a part of itself."""
+    inherited = base.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(inherited)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        session, index = self._tokred_mlp
+        return session.mlp(index, functools.partial(inherited, self), x)
+
+    return {"forward": forward}
+
+
+class BeforeDecoder:
+    """Forward pre-hook of the language model."""
+
+    def __init__(self, session: DecoderSession) -> None:
+        self.session = session
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.session.before(args, kwargs)
+
+
+class AfterDecoder:
+    """Forward hook of the language model; it also runs, without an output, when the pass raised."""
+
+    def __init__(self, session: DecoderSession) -> None:
+        self.session = session
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.session.after(output)
+
+
+class BeforeLayer:
+    """Forward pre-hook of a layer."""
+
+    def __init__(self, session: DecoderSession, index: int) -> None:
+        self.session, self.index = session, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.session.before_layer(self.index, args, kwargs)
+
+
+class AfterLayer:
+    """Forward hook of a layer."""
+
+    def __init__(self, session: DecoderSession, index: int) -> None:
+        self.session, self.index = session, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.session.after_layer(self.index, output)
+
+
+class BeforeDown:
+    """Forward pre-hook of the last linear layer of an MLP."""
+
+    def __init__(self, session: DecoderSession, index: int) -> None:
+        self.session, self.index = session, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.session.before_down(self.index, args[0])
