@@ -233,6 +233,8 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="other weights of the bundled architecture: a file (vit) or a folder as from save_pretrained",
     )
+    own = "; ".join(f"{name}: {found.context}" for name, found in TASKS.items() if found.context)
+    made.add_argument("--context", type=int, metavar="N", help=f"tokens of a context (defaults: {own})")
     dry = each(lambda t: f"{t.fast[1]} scenes at {listed(t.fast[0])}")
     made.add_argument("--fast", action="store_true", help=f"a dry run of seconds, one pair a row ({dry})")
     made.add_argument("--out", type=Path, metavar="DIR", help="default: outputs/bench-TASK")
@@ -241,9 +243,12 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
 def _bench(given: argparse.Namespace) -> None:
     import torch
 
+    from tokred.core.errors import InvalidParameterError
     from tokred.eval.bench import TASKS, BenchOptions, Progress, task
 
     module = task(given.task)
+    if given.context is not None and TASKS[given.task].context is None:
+        raise InvalidParameterError(f"--context: the task {given.task} does not take it")
     parameters: dict[str, dict[str, Any]] = {}
     for method, key, value in given.settings:
         parameters.setdefault(method.replace("-", "_"), {})[key] = value
@@ -260,6 +265,7 @@ def _bench(given: argparse.Namespace) -> None:
         parameters=parameters,
         ablate=given.ablate.replace("-", "_") if given.ablate else None,
         checkpoint=given.checkpoint,
+        context=given.context,
     )
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # passes run side by side instead: two threads in one small model wait for each other

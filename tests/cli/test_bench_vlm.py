@@ -1,4 +1,7 @@
-"""`tokred bench --task vqa` and `--task video` on random weights: what they write, print and refuse."""
+"""`tokred bench --task vqa` and `--task video` on random weights: what they write, print and refuse.
+
+Methods inside the language model are in `test_bench_llm`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from tokred.eval.bench import TASKS
 for package in ("transformers", "torchvision", "sklearn", "skimage", "matplotlib"):
     pytest.importorskip(package)
 
+BEFORE = "hired,visionzip,divprune,cdpruner,vispruner"
 COLUMNS = {
     "kind", "label", "level", "method", "visual_tokens", "accuracy", "accuracy_se", "kinds", "gmacs", "gmacs_parts",
     "ttft_ms", "speedup", "speedup_quartiles", "decode_tokens_per_s", "cache_bytes",
@@ -57,7 +61,7 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vqa(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of a small run: 27 questions, so that there are two batches."""
     out = tmp_path_factory.mktemp("vqa")
-    results = _results("vqa", weights, out, "--scenes", "27", "--levels", "0.25,0.11")
+    results = _results("vqa", weights, out, "--scenes", "27", "--levels", "0.25,0.11", "--methods", BEFORE)
     assert json.loads((out / "results.json").read_text()) == results
     return results
 
@@ -109,6 +113,8 @@ def test_vqa_rows(vqa: dict[str, Any]) -> None:
         _check_row(row)
         tokens = row["level"] or 144
         assert row["visual_tokens"] == tokens  # what was read, not what was asked for
+        assert row["read_tokens"] == row["entered_tokens"] == tokens
+        assert not row["inside"]
         assert row["cache_bytes"] == (text + tokens) * CACHED
         assert set(row["kinds"]) == set(bench_vqa.COLUMNS)
         assert ("vs_random" in row) == (row["kind"] == "method")
@@ -127,9 +133,9 @@ def test_vqa_pictures(vqa: dict[str, Any]) -> None:
 
 def test_vqa_table(vqa: dict[str, Any]) -> None:
     lines = bench_vqa.show(vqa).splitlines()
-    assert max(map(len, lines)) <= 140
+    assert max(map(len, lines)) <= 150
     assert lines[0].startswith("digit-vlm: 27 val questions (seed 777)")
-    for word in ("tokens", "accuracy %", "vs random", *bench_vqa.COLUMNS.values(), "GMACs", "TTFT ms", "cache kB"):
+    for word in ("tokens", "mean", "accuracy %", "vs random", *bench_vqa.COLUMNS.values(), "GMACs", "limit", "kB"):
         assert word in lines[2]
     assert sum(line.startswith("Random") for line in lines) == 2
     assert "settings" not in lines[-1]

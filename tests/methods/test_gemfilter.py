@@ -19,7 +19,7 @@ import tokred
 from tokred.core.decoder import Prompt
 from tokred.core.errors import InvalidParameterError, LayerError
 from tokred.core.sites import DecoderInfo
-from tokred.vlm.gemfilter import GemFilter, choose_top, find_filter_layer, pool_scores, prompt_scores
+from tokred.vlm.gemfilter import GemFilter, choose_top, covering_layer, pool_scores, prompt_scores
 
 INFO = DecoderInfo(depth=6, dim=32, width=32, layer_macs=1, heads=4, kv_heads=2, head_dim=8, vocabulary=500)
 TEXT, VISUAL, PAD = "t", "v", "."
@@ -486,7 +486,7 @@ def test_find_filter_layer() -> None:
 
     def find(**changes: Any) -> int | None:
         arguments = {"prompts": ids, "needle_spans": spans, "k": 1, "kernel_size": 1, **changes}
-        return find_filter_layer(probe, INFO, **arguments)
+        return covering_layer(probe, INFO, **arguments)
 
     assert find() == 1
     assert len(calls) == 1
@@ -501,3 +501,23 @@ def test_find_filter_layer() -> None:
             find(**changes)
     with pytest.raises(InvalidParameterError, match=r"needle_spans\[4\]=\(3, 41\): expected 0 <= start < stop <= 40"):
         find(needle_spans=[*spans[:4], (3, 41)])
+
+
+def test_find_filter_layer_on_a_model() -> None:
+    """On the bundled needle model: the layer that looks up names, by prompts of its own kind and by the automatic one."""
+    from tokred.data.needles import NeedleContexts
+    from tokred.zoo import needle_llm
+
+    model, _ = needle_llm()
+    batch = NeedleContexts("val", 5, tokens=256, needles=8, questions=1).batch(0, 12)
+    prompts = batch.prompts()
+    spans = [(start + 2, stop - 1) for start, stop in batch.answer_spans().tolist()]  # NAME is VALUE
+    before = {name: type(module) for name, module in model.named_modules()}
+    assert tokred.vlm.find_filter_layer(model, prompts, spans, 32) == 1
+    assert tokred.vlm.find_filter_layer(model, prompts, spans, 1) is None
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with tokred.patch(model, GemFilter(32)) as patch:
+            model.generate(prompts[:1], max_new_tokens=1, do_sample=False)
+            assert patch.trace.prompt[0].layer == 1

@@ -72,7 +72,7 @@ def test_scores_what_the_card_says() -> None:
 
 
 def test_unknown_name() -> None:
-    assert zoo.names() == ["digit-clip", "digit-video-vlm", "digit-vit", "digit-vlm"]
+    assert zoo.names() == ["digit-clip", "digit-video-vlm", "digit-vit", "digit-vlm", "needle-llm"]
     for ask in (zoo.load, zoo.card):
         with pytest.raises(ValueError, match="digit-vit"):
             ask("resnet")

@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from tokred import ops
 from tokred.core.errors import UnsupportedModelError
 from tokred.core.sites import DecoderInfo
 
-__all__ = ["MLP", "Decoder", "Tapped", "decoder_info", "tap_layer", "untap_layer"]
+__all__ = ["MLP", "Decoder", "Ear", "Tapped", "decoder_info", "tap_layer", "untap_layer"]
 
 _TAP = "tokred_tap"
 
@@ -64,7 +65,9 @@ class Decoder:
             hidden: (B, q, D), what enters the layer. types: (B, keys) token types. prompt: whether this is a prefill.
         """
         if self.family is not None:
-            whole = torch.ones(hidden.shape[:2], device=hidden.device) if valid is None else valid
+            past = 0 if prompt or cache is None else int(cache.get_query_offset(layer))
+            everything = torch.ones(hidden.shape[0], past + hidden.shape[1], device=hidden.device)
+            whole = everything if valid is None else valid
             made = self.family.layer_mask(types if prompt else None, whole.long(), hidden, cache, layer)
             if made is not None:
                 return made.get(self.kinds[layer] or "full_attention") if isinstance(made, Mapping) else made
@@ -257,6 +260,39 @@ class Tapped:
         if self.window is not None:
             seen &= keys > places[..., None] - self.window
         return seen[:, None]
+
+
+class Ear(threading.local):
+    """Who listens to tapped layers in this thread, in place of whoever does usually."""
+
+    listener: Callable[[int], Callable[[Tapped], None] | None] | None = None
+
+    def hear(self, layers: Iterable[int], run: Callable[[], Any], last_query: bool = False) -> dict[int, Tapped]:
+        """What the attention of some layers works on, in a pass that ends with the last of them.
+
+        Args:
+            run: begins the pass. last_query: whether only the last query of each is wanted, which saves memory.
+        """
+        wanted = set(layers)
+        last, heard = max(wanted), {}
+
+        def listen(index: int) -> Callable[[Tapped], None] | None:
+            def note(tapped: Tapped) -> None:
+                heard[index] = replace(tapped, q=tapped.q[:, :, -1:]) if last_query else tapped
+                if index == last:
+                    raise StopForward
+
+            return note if index in wanted else None
+
+        before, self.listener = self.listener, listen
+        try:
+            with torch.no_grad():
+                run()
+        except StopForward:
+            return heard
+        finally:
+            self.listener = before
+        raise AssertionError(f"layer {last} was not reached")
 
 
 class Tap:

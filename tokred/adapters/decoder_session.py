@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tokred import ops
 from tokred.adapters.cache_cuts import UNCUTTABLE, cut_layer, zero_entries
-from tokred.adapters.decoder_parts import Decoder, StopForward, Tapped, tap_layer, untap_layer
+from tokred.adapters.decoder_parts import Decoder, Ear, Tapped, tap_layer, untap_layer
 from tokred.adapters.decoder_tokens import (
     Present,
     following_position,
@@ -29,9 +29,12 @@ from tokred.adapters.decoder_tokens import (
     layer_step,
     pack,
     places_of,
+    positions_of,
     renumbered,
 )
+from tokred.adapters.hooks import Hook
 from tokred.adapters.logical_cache import Layered, Reduced, layer_states, set_layers
+from tokred.adapters.prompt_filter import PromptFilter, entering
 from tokred.adapters.prompt_session import Columns, Frame, PromptSession
 from tokred.adapters.swap import swap_class, unswap_class
 from tokred.core.decoder import (
@@ -41,13 +44,11 @@ from tokred.core.decoder import (
     FeedForward,
     LayerNeeds,
     PrefillLayer,
-    Prompt,
     PromptMethod,
     Survivors,
 )
 from tokred.core.errors import (
     ConflictError,
-    InvalidParameterError,
     LayerError,
     RequestError,
     UnsupportedGenerationError,
@@ -85,8 +86,6 @@ class Pass:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.passes: list[Pass | None] = []
-        self.listener: Callable[[int], Callable[[Tapped], None] | None] | None = None
-        self.chosen: tuple[object, Tensor, int] | None = None  # (generate, what went on, columns then)
         self.trace: tuple[Any, ...] = ()
 
 
@@ -94,8 +93,8 @@ class DecoderSession:
     """Methods inside one language model.
 
     Attributes:
-        front: keeps the books of the prompt around it. decoder: the language model. prompt: the method of the `Prompt`
-            site, or None. methods: the others. rules: {layer: (method, needs)}.
+        front: keeps the books of the prompt around it. decoder: the language model. filter: carries out the method of
+            the `Prompt` site, or None. methods: the others. rules: {layer: (method, needs)}.
     """
 
     def __init__(self, front: PromptSession, decoder: Decoder, methods: Sequence[Method]) -> None:
@@ -104,8 +103,8 @@ class DecoderSession:
         prompts = [m for m in methods if isinstance(m, PromptMethod)]
         if len(prompts) > 1:
             raise ConflictError("two methods choose what part of the prompt the language model reads; give one of them")
-        self.prompt = prompts[0] if prompts else None
         self.methods = [m for m in methods if isinstance(m, DecoderMethod)]
+        self.all_methods = list(methods)
         self.rules = self._bind()
         self.sparse = self._bind_sparse()
         self._one(
@@ -113,28 +112,24 @@ class DecoderSession:
         )
         self.cutter = next((m for m in self.methods if m.cuts_cache(self.info)), None)
         self.by_length = any((m.decode_position or m.own_decode_position) == "cache_length" for m in self.methods)
-        for method in (*self.methods, *prompts):
-            self._positions(method)
-            front.refuses.update(getattr(method, "refuses", {}))
+        for method in self.methods:
+            positions_of(method, decoder)
+            front.refuses.update(method.refuses)
         front.checks_always = True
-        if self.prompt is not None:
-            front.refuses["past_key_values=whole"] = (
-                "the cache holds a prompt that was not filtered, and what follows cannot be chosen together with it"
-            )
         if self.cutter is not None or self.rules:
             front.refuses.update(UNCUTTABLE)
-        self.layer = -1
+        self.filter = PromptFilter(front, decoder, prompts[0]) if prompts else None
         self.handles: list[Any] = []
         self.tapped: list[Any] = []
         self.swapped: list[nn.Module] = []
         self._reset()
 
     def _reset(self) -> None:
-        self.thread = _Thread()
+        self.thread, self.ear = _Thread(), Ear()
         self._newest: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("thread", "_newest")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("thread", "ear", "_newest")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -177,41 +172,33 @@ class DecoderSession:
             raise ConflictError(f"{names} both {what}; give one of them")
         return methods[0] if methods else None
 
-    def _positions(self, method: Any) -> str:
-        if method.positions == "compact" and self.decoder.mrope:
-            raise InvalidParameterError(
-                "positions='compact': positions of Qwen-VL models are places in time and space, which a token keeps; "
-                "use positions='original' or None"
-            )
-        return "original" if self.decoder.mrope else method.positions or method.own_positions
-
     # -- installation --------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         self.front.notes_columns = True
         module, layers = self.decoder.module, self.decoder.layers
-        if self.prompt is not None:
-            tap_layer_of = range(len(layers))
-            for index in tap_layer_of:
+        if self.filter is not None:
+            every = range(len(layers))
+            for index in every:
                 self._tap(index)
-            self.layer = self.prompt.filter_layer(self.info, self.probe)
-            for index in tap_layer_of:
-                if index != self.layer:
+            self.filter.choose_layer(self.ear)
+            for index in every:
+                if index != self.filter.layer:
                     self._untap(index)
         for layer, (_, needs) in self.rules.items():
             for index in [layer - 1] * needs.previous + [layer] * needs.own:
                 self._tap(index)
-        self.handles.append(module.register_forward_pre_hook(BeforeDecoder(self), with_kwargs=True))
-        self.handles.append(module.register_forward_hook(AfterDecoder(self), always_call=True, prepend=True))
+        self.handles.append(module.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True))
+        self.handles.append(module.register_forward_hook(Hook(self, "after"), always_call=True, prepend=True))
         if not (self.rules or self.sparse or self.cutter):
             return
         for index, layer in enumerate(layers):
-            self.handles.append(layer.register_forward_pre_hook(BeforeLayer(self, index), with_kwargs=True))
-            self.handles.append(layer.register_forward_hook(AfterLayer(self, index), prepend=True))
+            self.handles.append(layer.register_forward_pre_hook(Hook(self, "before_layer", index), with_kwargs=True))
+            self.handles.append(layer.register_forward_hook(Hook(self, "after_layer", index), prepend=True))
         for index in self.sparse:
             mlp = layers[index].mlp
             down = getattr(mlp, self.decoder.mlp(index).down)
-            self.handles.append(down.register_forward_pre_hook(BeforeDown(self, index)))
+            self.handles.append(down.register_forward_pre_hook(Hook(self, "before_down", index)))
             swap_class(mlp, _mlp_class)
             mlp._tokred_mlp = (self, index)
             self.swapped.append(mlp)
@@ -266,21 +253,25 @@ class DecoderSession:
                 self.thread.passes[-1] = self._later(frame, kwargs, layered)
             return (), kwargs
         new = self._columns(frame, kwargs)
-        if self.rules and not self.sparse and self.front.asks_prunable and not bool(new.visual.any()):
+        request = self.front.thread.request
+        told = request is not None and request.prunable is not None
+        if self.rules and not self.sparse and self.front.asks_prunable and not told:
             name = type(next(iter(self.rules.values()))[0]).__name__
             raise RequestError(
                 f"{name} drops tokens that are marked as prunable, and a text model marks none by itself; use "
                 "with patch.request(prunable=mask): ..., a bool mask of the shape of input_ids"
             )
-        if self.prompt is not None and self.front.thread.generation is not None:
-            kwargs, new = self._filter(frame, kwargs, new)
+        self.thread.trace = ()
+        if self.filter is not None and self.front.thread.generation is not None:
+            kwargs, new = self.filter.apply(frame, kwargs, new, self.ear)
+            self.thread.trace = self._newest = self.filter.steps
         if self.rules or self.sparse or self.cutter:
             self.thread.passes[-1] = self._begin(frame, kwargs, new)
         return (), kwargs
 
     def _columns(self, frame: Frame, kwargs: Mapping[str, Any]) -> Columns:
         """What is known of the columns that enter the language model."""
-        x = _entering(kwargs)
+        x = entering(kwargs)
         batch, length = x.shape[:2]
         new = frame.new
         if new is None:
@@ -290,24 +281,27 @@ class DecoderSession:
             new = Columns.plain(valid)
         request = self.front.thread.request
         if request is not None and request.prunable is not None:
-            new = self._mark_prunable(request.prunable, new)
+            new = self._mark_prunable(request.prunable, frame, new)
         return new
 
-    def _mark_prunable(self, prunable: Tensor, new: Columns) -> Columns:
-        rows, length = new.visual.shape
+    def _mark_prunable(self, prunable: Tensor, frame: Frame, new: Columns) -> Columns:
+        rows = new.visual.shape[0]
         given = torch.as_tensor(prunable)
         fits = given.dim() == 2 and given.dtype == torch.bool and rows % max(given.shape[0], 1) == 0
-        if not fits or int(new.origin.max()) >= given.shape[1]:
+        prompt = self.front.thread.prompt  # of `generate`, which without a cache comes back with new tokens behind it
+        length = frame.length if prompt is None else prompt.shape[1]
+        if not fits or given.shape[1] != length:
             raise RequestError(
                 f"request(prunable=...) has shape {tuple(given.shape)} and dtype {given.dtype}; expected a bool mask "
                 f"(samples, {length}), True for the tokens of each prompt that may be dropped"
             )
+        given = torch.nn.functional.pad(given, (0, frame.length - length))
         given = given.to(new.visual.device).repeat_interleave(rows // given.shape[0], dim=0)
         return replace(new, visual=given.gather(1, new.origin) & new.valid)
 
     def _begin(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> Pass:
         """A prefill: note the tokens that enter."""
-        x = _entering(kwargs)
+        x = entering(kwargs)
         batch, length = x.shape[:2]
         positions = None
         if not self.decoder.mrope:
@@ -333,7 +327,7 @@ class DecoderSession:
     def _later(self, frame: Frame, kwargs: dict[str, Any], layered: Layered) -> Pass:
         """A pass on a cache whose layers hold parts of the prompt."""
         running = Pass(None, prefill=False, layered=layered)
-        x = _entering(kwargs)
+        x = entering(kwargs)
         total = frame.past + x.shape[1]
         running.full = total
         mask = frame.mask
@@ -342,7 +336,7 @@ class DecoderSession:
         running.valid = mask
         return running
 
-    def after(self, output: Any) -> Any:
+    def after(self, args: tuple[Any, ...], output: Any) -> Any:
         """End a pass: the cache carries what its layers hold, and hidden states go back to the length that entered."""
         running = self.thread.passes.pop()
         if output is None or running is None or not running.prefill:
@@ -424,7 +418,7 @@ class DecoderSession:
             "position_ids": None,
         }
 
-    def after_layer(self, index: int, output: Any) -> Any:
+    def after_layer(self, index: int, args: tuple[Any, ...], output: Any) -> Any:
         running = self.running
         if running is None or not running.prefill:
             return None
@@ -473,8 +467,7 @@ class DecoderSession:
             marks=now.marks,
             source=RunningLayer(self, running, layer),
         )
-        with torch.no_grad():
-            answer = method.prune(view)
+        answer = method.prune(view)  # with gradients: what it merges into `hidden` goes on
         running.taps.clear()
         if answer is None:
             return hidden
@@ -492,7 +485,7 @@ class DecoderSession:
             return merged
         index, real = pack(stay, answer.order)
         after = now.take(index, real)
-        if self._positions(method) == "compact" and after.positions is not None:
+        if positions_of(method, self.decoder) == "compact" and after.positions is not None:
             after = replace(after, positions=renumbered(now, real))
         running.now = after
         if answer.cut_earlier_cache:
@@ -504,38 +497,14 @@ class DecoderSession:
         """Queries and keys of a layer that has not run yet, made by its own modules."""
         if running.now is not running.start:
             kwargs = self._fit(running, layer, hidden, kwargs)
-        return self._listen_once(
-            layer,
-            lambda: type(self.decoder.layers[layer]).forward(
-                self.decoder.layers[layer], hidden, **{**kwargs, "past_key_values": None, "use_cache": False}
-            ),
-        )
-
-    def _listen_once(self, layer: int, run: Callable[[], Any]) -> Tapped:
-        """Run until the attention of `layer` has its queries and keys."""
-        heard: dict[int, Tapped] = {}
-
-        def listen(index: int) -> Callable[[Tapped], None] | None:
-            def stop(tapped: Tapped) -> None:
-                heard[index] = tapped
-                raise StopForward
-
-            return stop if index == layer else None
-
-        before, self.thread.listener = self.thread.listener, listen
-        try:
-            with torch.no_grad():
-                run()
-        except StopForward:
-            return heard[layer]
-        finally:
-            self.thread.listener = before
-        raise AssertionError(f"layer {layer} was not reached")
+        block = self.decoder.layers[layer]
+        given = {**kwargs, "past_key_values": None, "use_cache": False}
+        return self.ear.hear([layer], lambda: type(block).forward(block, hidden, **given))[layer]
 
     def listen(self, index: int) -> Callable[[Tapped], None] | None:
         """Who wants the queries and keys of layer `index` now."""
-        if self.thread.listener is not None:
-            return self.thread.listener(index)
+        if self.ear.listener is not None:
+            return self.ear.listener(index)
         running = self.running
         if running is None or not running.prefill:
             return None
@@ -551,14 +520,14 @@ class DecoderSession:
 
     # -- MLPs ----------------------------------------------------------------------------------------------------------
 
-    def before_down(self, index: int, activations: Tensor) -> None:
+    def before_down(self, index: int, args: tuple[Tensor, ...]) -> None:
         """Show the method the activations of a prefill."""
         running = self.running
         if running is None or not running.prefill:
             return
         now = running.now
         assert now is not None
-        view = FeedForward(index, self.info, activations.detach(), now.visual, now.valid & ~now.visual)
+        view = FeedForward(index, self.info, args[0].detach(), now.visual, now.valid & ~now.visual)
         with torch.no_grad():
             answer = self.sparse[index].neurons(view)
         if answer is None:
@@ -658,151 +627,6 @@ class DecoderSession:
             return None, None
         return Reduced(mask=valid, full=running.full, shift=shift, whole=whole), index
 
-    # -- the prompt ----------------------------------------------------------------------------------------------------
-
-    def _filter(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> tuple[dict[str, Any], Columns]:
-        """Let the method of the `Prompt` site choose what goes on, and gather it."""
-        x = _entering(kwargs)
-        keep = self._chosen(frame, kwargs, new)
-        if keep is None:
-            return kwargs, new
-        index, real = pack(keep, None)
-        gathered = self._gather(frame, kwargs, new.valid, index, real)
-        frame.new = after = new.take(index, real)
-        back = places_of(index, real, x.shape[1])
-        frame.back = back if frame.back is None else back.gather(1, frame.back)
-        return gathered, after
-
-    def _chosen(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> Tensor | None:
-        """(B, T) bool: what goes on; None for all. Without a cache, each pass of a `generate` repeats its choice."""
-        assert self.prompt is not None
-        run, known = self.front.thread.generation, self.thread.chosen
-        length = new.valid.shape[1]
-        if known is not None and known[0] is run and known[2] < length:
-            keep = torch.cat([known[1], new.valid[:, known[2] :]], dim=1)
-        else:
-            visual, text = new.visual.sum(1).tolist(), (new.valid & ~new.visual).sum(1).tolist()
-            if all(self.prompt.bypasses(v, t) for v, t in zip(visual, text, strict=True)):
-                keep = new.valid
-            else:
-                keep = self._ask_prompt(frame, kwargs, new) & new.valid
-            self.thread.chosen = (run, keep, length)
-            self.thread.trace = ()
-            if not bool((keep == new.valid).all()):
-                self._note_prompt(frame, new, keep)
-        return None if bool((keep == new.valid).all()) else keep
-
-    def _ask_prompt(self, frame: Frame, kwargs: dict[str, Any], new: Columns) -> Tensor:
-        assert self.prompt is not None
-        tapped = self._first_layers(frame, kwargs, new, self.layer)
-        with torch.no_grad():
-            return self.prompt.choose(self._prompt_view(tapped, new, self.layer))
-
-    def _prompt_view(self, tapped: Tapped, new: Columns, layer: int) -> Prompt:
-        return Prompt(
-            layer=layer,
-            info=self.info,
-            query=tapped.q[:, :, -1],
-            keys=tapped.k,
-            visual=new.visual,
-            text=new.valid & ~new.visual,
-            columns=new.origin,
-            media=new.media,
-        )
-
-    def _first_layers(self, frame: Frame, kwargs: dict[str, Any], new: Columns, layer: int) -> Tapped:
-        """Run the language model without a cache up to the queries and keys of `layer`."""
-        x = _entering(kwargs)
-        types = frame.types_out if frame.types_out is not None else frame.types
-        mask = self.front.parts.rebuild_mask(types, new.valid.long(), x if x.dim() == 3 else None, None)
-        given = {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
-        self.thread.passes.append(None)
-        try:
-            return self._listen_once(layer, lambda: self.decoder.module.forward(**given))
-        finally:
-            self.thread.passes.pop()
-
-    def _gather(
-        self, frame: Frame, kwargs: dict[str, Any], before: Tensor, index: Tensor, real: Tensor
-    ) -> dict[str, Any]:
-        """Everything that enters the language model, for the columns `index` (B, K) alone."""
-        assert self.prompt is not None
-        out = dict(kwargs)
-        for name in ("input_ids", "inputs_embeds"):
-            if kwargs.get(name) is not None:
-                value = kwargs[name]
-                out[name] = ops.gather_tokens(value, index) if value.dim() == 3 else value.gather(1, index)
-        x = _entering(out)
-        length, batch = _entering(kwargs).shape[1], index.shape[0]
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(length, device=index.device)[None]
-        if positions.dim() == 3:
-            out["position_ids"] = positions.expand(-1, batch, -1).gather(
-                2, index[None].expand(positions.shape[0], -1, -1)
-            )
-            shift = None
-        else:
-            positions = positions.expand(batch, -1)
-            taken = positions.gather(1, index)
-            shift = None
-            if self._positions(self.prompt) == "compact":
-                first = positions.gather(1, before.long().argmax(dim=1, keepdim=True))
-                taken = first + real.long().cumsum(dim=1) - 1
-                shift = before.sum(1, keepdim=True) - real.sum(1, keepdim=True)
-            out["position_ids"] = torch.where(real, taken, positions.amin())
-        types = frame.types_out if frame.types_out is not None else frame.types
-        if types is not None:
-            types = types[:, -length:].gather(1, index)
-            frame.types_out = types
-            if out.get("token_type_ids") is not None:
-                out["token_type_ids"] = types
-        out["attention_mask"] = self.front.parts.rebuild_mask(
-            types, real.long(), x if x.dim() == 3 else None, kwargs.get("past_key_values")
-        )
-        if kwargs.get("deepstack_visual_embeds") is not None:
-            masks = kwargs["visual_pos_masks"]
-            numbers = (masks.flatten().long().cumsum(0) - 1).reshape(masks.shape).gather(1, index)
-            there = masks.gather(1, index) & real
-            out["visual_pos_masks"] = there
-            out["deepstack_visual_embeds"] = [
-                rows[numbers[there].to(rows.device)] for rows in kwargs["deepstack_visual_embeds"]
-            ]
-        held = frame.state
-        if held is not None and held.shift is not None:
-            shift = held.shift if shift is None else shift + held.shift
-        full = length if held is None else held.full
-        frame.state = Reduced(mask=real, full=full, shift=shift, whole=bool(real.all()), types=types)
-        return out
-
-    def probe(self, ids: Tensor, layers: Sequence[int]) -> dict[int, Prompt]:
-        """Run token ids (B, n) through the layers up to the last of `layers`; what each of them sees."""
-        module = self.decoder.module
-        device = module.embed_tokens.weight.device
-        ids = ids.to(device)
-        heard: dict[int, Tapped] = {}
-        wanted, last = set(layers), max(layers)
-
-        def listen(index: int) -> Callable[[Tapped], None] | None:
-            def hear(tapped: Tapped) -> None:
-                heard[index] = replace(tapped, q=tapped.q[:, :, -1:])
-                if index == last:
-                    raise StopForward
-
-            return hear if index in wanted else None
-
-        before, self.thread.listener = self.thread.listener, listen
-        try:
-            with torch.no_grad():
-                module.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except StopForward:
-            pass
-        finally:
-            self.thread.listener = before
-        valid = torch.ones_like(ids, dtype=torch.bool)
-        new = Columns.plain(valid)
-        return {layer: self._prompt_view(tapped, new, layer) for layer, tapped in heard.items()}
-
     # -- trace ---------------------------------------------------------------------------------------------------------
 
     def _record(self, running: Pass) -> None:
@@ -810,20 +634,6 @@ class DecoderSession:
         prompt = tuple(step for step in self.thread.trace if isinstance(step, PromptStep))
         steps = tuple(layer_step(layer, name, now, after, new) for layer, name, now, after in running.steps)
         self.thread.trace = self._newest = (*prompt, *steps)
-
-    def _note_prompt(self, frame: Frame, new: Columns, keep: Tensor) -> None:
-        assert self.prompt is not None
-        kept = [new.origin[row][keep[row]].tolist() for row in range(keep.shape[0])]
-        ids = frame.ids.detach() if frame.ids is not None else None
-        total = tuple(int(n) for n in new.valid.sum(1))
-        step = PromptStep(self.prompt.name, self.layer, total, tuple(tuple(row) for row in kept), ids, frame.length)
-        self.thread.trace = self._newest = (step,)
-
-
-def _entering(kwargs: Mapping[str, Any]) -> Tensor:
-    """(B, T) ids or (B, T, D) embeddings that enter the language model."""
-    ids = kwargs.get("input_ids")
-    return ids if ids is not None else kwargs["inputs_embeds"]
 
 
 class RunningLayer:
@@ -880,53 +690,3 @@ def _mlp_class(base: type) -> dict[str, Any]:
         return session.mlp(index, functools.partial(inherited, self), x)
 
     return {"forward": forward}
-
-
-class BeforeDecoder:
-    """Forward pre-hook of the language model."""
-
-    def __init__(self, session: DecoderSession) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.session.before(args, kwargs)
-
-
-class AfterDecoder:
-    """Forward hook of the language model; it also runs, without an output, when the pass raised."""
-
-    def __init__(self, session: DecoderSession) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.session.after(output)
-
-
-class BeforeLayer:
-    """Forward pre-hook of a layer."""
-
-    def __init__(self, session: DecoderSession, index: int) -> None:
-        self.session, self.index = session, index
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.session.before_layer(self.index, args, kwargs)
-
-
-class AfterLayer:
-    """Forward hook of a layer."""
-
-    def __init__(self, session: DecoderSession, index: int) -> None:
-        self.session, self.index = session, index
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.session.after_layer(self.index, output)
-
-
-class BeforeDown:
-    """Forward pre-hook of the last linear layer of an MLP."""
-
-    def __init__(self, session: DecoderSession, index: int) -> None:
-        self.session, self.index = session, index
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.session.before_down(self.index, args[0])

@@ -9,10 +9,22 @@ import torch
 from torch import Tensor
 
 from tokred import ops
+from tokred.adapters.decoder_parts import Decoder
 from tokred.adapters.prompt_session import Columns
+from tokred.core.decoder import DecoderMethod, PromptMethod
+from tokred.core.errors import InvalidParameterError
 from tokred.core.trace import LayerStep, MediaStep
 
-__all__ = ["Present", "following_position", "gather_rows", "layer_step", "pack", "places_of", "renumbered"]
+__all__ = [
+    "Present",
+    "following_position",
+    "gather_rows",
+    "layer_step",
+    "pack",
+    "places_of",
+    "positions_of",
+    "renumbered",
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,16 @@ class Present:
         """(B, full) bool: which columns are here."""
         there = torch.zeros(self.columns.shape[0], full + 1, dtype=torch.bool, device=self.columns.device)
         return there.scatter(1, self.columns.masked_fill(~self.valid, full), True)[:, :full]
+
+
+def positions_of(method: DecoderMethod | PromptMethod, decoder: Decoder) -> str:
+    """ "compact" or "original": how a method numbers what it leaves of a prompt of this model."""
+    if method.positions == "compact" and decoder.mrope:
+        raise InvalidParameterError(
+            "positions='compact': positions of Qwen-VL models are places in time and space, which a token keeps; "
+            "use positions='original' or None"
+        )
+    return "original" if decoder.mrope else method.positions or method.own_positions
 
 
 def pack(stay: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:

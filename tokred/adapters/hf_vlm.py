@@ -26,7 +26,7 @@ from tokred.adapters.vlm_families import FAMILIES, family_of
 from tokred.core.carried import CarriedTokens
 from tokred.core.decoder import DecoderMethod, PromptMethod
 from tokred.core.encoded import Encoded
-from tokred.core.errors import ConflictError, UnsupportedModelError
+from tokred.core.errors import ConflictError, MissingSiteError, UnsupportedModelError
 from tokred.core.host import Attachment, Host
 from tokred.core.method import Method, VisualMethod
 from tokred.core.sites import PromptInfo
@@ -161,6 +161,10 @@ class Pipeline:
         return first
 
     def encode_inputs(self, inputs: Mapping[str, Any]) -> Encoded:
+        inside = [part for part in self.parts if isinstance(part, DecoderSession)]
+        if inside:
+            names = ", ".join(method.spoken for method in inside[0].all_methods)
+            raise MissingSiteError(f"{names}: acts inside the language model, and encode() stops before it")
         return next(part for part in self.parts if hasattr(part, "encode_inputs")).encode_inputs(inputs)
 
     def request(self, **given: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred import ops
+from tokred.adapters.hooks import Hook
 from tokred.adapters.logical_cache import Reduced, arm, disarm, physical_length, reduced_state, set_reduced
 from tokred.adapters.swap import swap_class, unswap_class
 from tokred.adapters.visual_source import Request, make_request
@@ -156,9 +157,9 @@ class PromptSession:
     def install(self) -> None:
         if self.outer is not None:
             self.swap(self.outer, outer_class)
-            self.handles.append(self.outer.register_forward_pre_hook(BeforeOuter(self), with_kwargs=True))
-        self.handles.append(self.inner.register_forward_pre_hook(BeforeInner(self), with_kwargs=True))
-        self.handles.append(self.inner.register_forward_hook(AfterInner(self), always_call=True))
+            self.handles.append(self.outer.register_forward_pre_hook(Hook(self, "check_call"), with_kwargs=True))
+        self.handles.append(self.inner.register_forward_pre_hook(Hook(self, "before_inner"), with_kwargs=True))
+        self.handles.append(self.inner.register_forward_hook(Hook(self, "after_inner"), always_call=True))
 
     def swap(self, module: nn.Module, extend: Callable[[type], dict[str, Any]]) -> None:
         hooked = module.__dict__.pop("forward", None)  # no forward of ours: one set by accelerate may stay where it is
@@ -267,7 +268,7 @@ class PromptSession:
             positions = positions - state.shift.to(positions.device)
         given["position_ids"] = positions
 
-    def after_inner(self, output: Any) -> Any:
+    def after_inner(self, args: tuple[Any, ...], output: Any) -> Any:
         """Give back as many positions as came in, and let the cache carry what it holds."""
         frame = self.thread.frames.pop()
         disarm(frame.cache)
@@ -334,7 +335,7 @@ class PromptSession:
                 "Pad on the left: processor.tokenizer.padding_side = 'left'"
             )
 
-    def check_call(self, kwargs: Mapping[str, Any]) -> None:
+    def check_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse calls of the whole model that cannot work."""
         if kwargs.get("labels") is None:
             return
@@ -413,33 +414,3 @@ def outer_class(base: type) -> dict[str, Any]:
         "prepare_inputs_for_generation": prepare_inputs_for_generation,
         "_prepare_cache_for_generation": _prepare_cache_for_generation,
     }
-
-
-class BeforeOuter:
-    """Forward pre-hook of the model with the language head."""
-
-    def __init__(self, session: PromptSession) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.session.check_call(kwargs)
-
-
-class BeforeInner:
-    """Forward pre-hook of the inner model."""
-
-    def __init__(self, session: PromptSession) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.session.before_inner(args, kwargs)
-
-
-class AfterInner:
-    """Forward hook of the inner model; it also runs, without an output, when the pass raised."""
-
-    def __init__(self, session: PromptSession) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.session.after_inner(output)

@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tokred.adapters.hooks import Hook
 from tokred.adapters.logical_cache import Reduced, reduced_state
 from tokred.adapters.prompt_rows import Built, Item, Row, join_images, place_items
 from tokred.adapters.prompt_session import Columns, Frame, PromptSession, Thread
@@ -97,7 +98,7 @@ class VisualSession(PromptSession):
         self.swap(self.parts.inner, _inner_class)
         super().install()
         language = self.parts.language_model
-        self.handles.append(language.register_forward_pre_hook(BeforeLanguage(self), with_kwargs=True))
+        self.handles.append(language.register_forward_pre_hook(Hook(self, "before_language"), with_kwargs=True))
 
     @property
     def trace(self) -> Trace:
@@ -140,9 +141,9 @@ class VisualSession(PromptSession):
         outputs = given.get("mm_encoder_outputs") or {}
         frame.seen = {media: getattr(outputs.get(media), "_tokred_seen", None) for media in self.parts.medias}
 
-    def after_inner(self, output: Any) -> Any:
+    def after_inner(self, args: tuple[Any, ...], output: Any) -> Any:
         self.thread.made = {}  # tower outputs are large
-        return super().after_inner(output)
+        return super().after_inner(args, output)
 
     def has_media(self, given: Mapping[str, Any]) -> bool:
         if any(given.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
@@ -507,13 +508,3 @@ class Stop(Exception):
     def __init__(self, encoded: Encoded) -> None:
         super().__init__("the pass ends before the language model")
         self.encoded = encoded
-
-
-class BeforeLanguage:
-    """Forward pre-hook of the language model."""
-
-    def __init__(self, session: VisualSession) -> None:
-        self.session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.session.before_language(args, kwargs)

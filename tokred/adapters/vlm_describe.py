@@ -45,7 +45,8 @@ def filter_layer_of(patch: Any) -> int | None:
     from tokred.adapters.hf_vlm import Pipeline
 
     parts = patch._attachment.parts if isinstance(patch._attachment, Pipeline) else ()
-    return next((p.layer for p in parts if isinstance(p, DecoderSession) and p.prompt is not None), None)
+    filters = [part.filter for part in parts if isinstance(part, DecoderSession)]
+    return next((one.layer for one in filters if one is not None), None)
 
 
 Call = tuple[Seen, list[MediaLayout]]

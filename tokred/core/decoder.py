@@ -7,9 +7,9 @@ length is padded on the left, and every tensor (B, T) here says of padding: neit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "LayerSource",
     "Neurons",
     "PrefillLayer",
+    "Probe",
     "Prompt",
     "PromptMethod",
     "Survivors",
@@ -326,6 +327,10 @@ class Prompt:
         return self.visual | self.text
 
 
+#: runs token ids (B, n) through a model's first layers, and gives {r: what layer r sees of them}
+Probe = Callable[[Tensor, Sequence[int]], Mapping[int, Prompt]]
+
+
 class PromptMethod(Method):
     """A method of the `Prompt` site: the first layers choose the part of the prompt that all layers read.
 
@@ -337,8 +342,8 @@ class PromptMethod(Method):
     own_positions: ClassVar[Positions] = "compact"
     positions: Positions | None = None
 
-    def filter_layer(self, info: DecoderInfo, probe: Any) -> int:
-        """The layer r to ask; `probe(ids, layers)` runs token ids (B, n) and gives {r: `Prompt`} of the model."""
+    def filter_layer(self, info: DecoderInfo, probe: Probe) -> int:
+        """The layer r to ask; `probe` tries prompts on the model itself."""
         raise TypeError(f"{type(self).__name__} does not define filter_layer()")
 
     def bypasses(self, visual: int, text: int) -> bool:

@@ -154,17 +154,15 @@ def prompt_macs(
         plain, tile = encoder_macs(info.encoder), encoder_macs(info.encoder, *inside)
         vision -= tiles * (plain.vision - tile.vision)
         scoring, blocks = tiles * tile.scoring, tiles * tile.blocks
-    prunable, entering = [len(layout.cells) for layout in info.layouts], slots
+    entering = [len(layout.slots) for layout in info.layouts]
     if visual is not None:
         visual.needs(info.tower)  # refuses a tower that cannot give what it needs
         images = [layout for layout in info.layouts if layout.kind == "image"]
         joined = MediaLayout.as_video(images) if visual.joins_images and images else None
         layouts = info.layouts if joined is None else (joined, *(x for x in info.layouts if x.kind != "image"))
-        leaving = [_leaving(visual, layout, info, inside) for layout in layouts]
-        prunable, entering = [cells for cells, _ in leaving], sum(map(sum, leaving))
+        entering = [_leaving(visual, layout, info, inside) for layout in layouts]
         scoring += sum(visual.scoring_macs(info.tower, layout, info.decoder.dim) for layout in layouts)
-    text = info.text + entering - sum(prunable)
-    language = _language(info.decoder, prunable, text, methods, kept, filter_layer, causal)
+    language = _language(info.decoder, entering, info.text, methods, kept, filter_layer, causal)
     plain_language = _language(info.decoder, [], info.text + slots, (), None, None, causal)
     return Flops(
         vision=vision,
@@ -314,18 +312,20 @@ def _outside_language(methods: Sequence[Method], sites: Sequence[str]) -> tuple[
     return (visual[0] if visual else None), inside
 
 
-def _leaving(method: VisualMethod, layout: MediaLayout, info: PromptInfo, inside: Sequence[Method]) -> tuple[int, int]:
-    """Tokens of one image or video that enter the language model: cells; and row ends, class tokens and ends."""
-    if method.bypasses(layout):
-        return len(layout.cells), len(layout.slots) - len(layout.cells)
+def _leaving(method: VisualMethod, layout: MediaLayout, info: PromptInfo, inside: Sequence[Method]) -> int:
+    """Tokens of one image or video that enter the language model, row ends and class tokens included."""
+    carried = isinstance(method, CarriedTokens) and info.encoder is not None
+    if method.bypasses(layout) and not carried:
+        return len(layout.slots)
     stay = {MediaLayout.CLASS, MediaLayout.END} | ({MediaLayout.NEWLINE} if method.keep_newline else set())
     kept = method.kept(layout)
-    if isinstance(method, CarriedTokens) and info.encoder is not None:
+    if carried:
         if layout.merge > 1 or not layout.uniform or not info.tower.projects:
-            return len(layout.cells), len(layout.slots) - len(layout.cells)
+            return len(layout.slots)
+        assert info.encoder is not None
         left = _after_layer(info.encoder, info.tower.feature_layer, inside)
         kept = round(kept * left / info.encoder.tokens)  # exact unless unpadding cut cells of the tiles
-    return kept, sum(slot in stay for slot in layout.slots)
+    return kept + sum(slot in stay for slot in layout.slots)
 
 
 def _after_layer(info: EncoderInfo, layer: int, methods: Sequence[Method]) -> int:

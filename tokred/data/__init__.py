@@ -1,7 +1,8 @@
-"""Data that needs no download: procedural scenes made of real digits and photographs of ordinary packages."""
+"""Data that needs no download: scenes made of real digits and photographs of ordinary packages, needles in texts."""
 
 from tokred.data.clips import Clip, ClipStyle, DigitClips, uniform_frames
 from tokred.data.coloured import COLOURS, ColourStyle
+from tokred.data.needles import NeedleBatch, NeedleContexts
 from tokred.data.questions import QuestionBatch, QuestionScenes
 from tokred.data.scenes import (
     DigitScenes,
@@ -21,6 +22,8 @@ __all__ = [
     "ColourStyle",
     "DigitClips",
     "DigitScenes",
+    "NeedleBatch",
+    "NeedleContexts",
     "QuestionBatch",
     "QuestionScenes",
     "SceneBatch",

@@ -5,6 +5,7 @@
     model = tokred.zoo.load("digit-vit")                     # a timm VisionTransformer
     model, processor = tokred.zoo.load("digit-vlm")          # a LLaVA; "digit-video-vlm": LLaVA-NeXT-Video
     model, preprocess, tokenizer = tokred.zoo.load("digit-clip")  # an open_clip CLIP
+    model, tokenizer = tokred.zoo.load("needle-llm")         # a Llama
     tokred.zoo.card("digit-vit")["accuracy"]                 # how it was made and what it scores
 """
 
@@ -17,12 +18,14 @@ from tokred.zoo.digit_clip import digit_clip, digit_clip_card
 from tokred.zoo.digit_vit import DATA_CONFIG as DIGIT_VIT_DATA_CONFIG
 from tokred.zoo.digit_vit import digit_vit, digit_vit_card
 from tokred.zoo.digit_vlm import answer_text, digit_video_vlm, digit_vlm, digit_vlm_card, question_prompt
+from tokred.zoo.needle_llm import needle_llm, needle_llm_card
 
 _MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "digit-clip": (digit_clip, digit_clip_card),
     "digit-video-vlm": (digit_video_vlm, digit_vlm_card),
     "digit-vit": (digit_vit, digit_vit_card),
     "digit-vlm": (digit_vlm, digit_vlm_card),
+    "needle-llm": (needle_llm, needle_llm_card),
 }
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "digit_vlm",
     "load",
     "names",
+    "needle_llm",
     "question_prompt",
 ]
 
@@ -55,7 +59,7 @@ def load(name: str) -> Any:
 
     Returns what the function of that name returns: ``"digit-vit"`` the model; ``"digit-vlm"`` and
     ``"digit-video-vlm"`` (two forms of the same weights) the model and its processor; ``"digit-clip"`` the model, its
-    image transform and its tokenizer.
+    image transform and its tokenizer; ``"needle-llm"`` the model and its tokenizer.
     """
     return _entry(name)[0]()
 
