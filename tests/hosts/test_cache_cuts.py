@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from tokred.adapters.cache_cuts import cut_layer, zero_entries
+from tokred.adapters.cache_cuts import cut_layer, held_entries, zero_entries
 from tokred.adapters.logical_cache import (
     Layered,
     Reduced,
@@ -95,13 +95,23 @@ def test_zeroed_entries_stay(kind, config):
 
 
 @kinds
-def test_a_window_that_dropped_entries_itself_is_not_cut(kind):
-    for length in (8, 11):
-        cache = filled(kind, "window", length)
-        with pytest.raises(UnsupportedGenerationError, match=f"layer 1 attends in a window of 8 tokens.*{length}"):
-            cut_layer(cache.layers[1], INDEX, 1)
-        with pytest.raises(UnsupportedGenerationError, match="window of 8"):
-            zero_entries(cache.layers[0], torch.ones(BATCH, length, dtype=torch.bool), 0)
+@pytest.mark.parametrize("length", [7, 8, 11])
+def test_a_window_that_dropped_entries_itself_is_cut_of_what_it_holds(kind, length):
+    cache, before = filled(kind, "window", length), values(length, 1)
+    layer = cache.layers[1]
+    assert held_entries(layer, 1) == 7  # a new token sees itself and seven before it
+    zero_entries(layer, torch.arange(length).expand(BATCH, -1) == length - 1, 1)
+    cut_layer(layer, INDEX, 1)
+    before[:, :, -1] = 0
+    for row, places in enumerate(INDEX):
+        assert torch.equal(layer.keys[row, :, :3], before[row, :, -7:][:, places])
+    more = values(6, 7)
+    keys, _ = cache.update(more[:, :, :2], more[:, :, :2], 1)
+    assert torch.equal(keys[:, :, 3:5], more[:, :, :2])
+    assert int(layer.get_seq_length()) == 5
+    cache.update(more[:, :, 2:], more[:, :, 2:], 1)  # the window fills again, and the oldest go
+    assert torch.equal(layer.keys[:, :, -6:], more)
+    assert held_entries(layer, 1) == 7
 
 
 def test_unknown_layers_are_refused_by_name():

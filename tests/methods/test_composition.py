@@ -1,4 +1,4 @@
-"""Several methods on one model: equal to doing the steps by hand, undone without a trace, and what does not go together."""
+"""Several methods on one model: equal to the steps by hand, undone without a trace, and what does not go together."""
 
 from __future__ import annotations
 

@@ -504,7 +504,7 @@ def test_find_filter_layer() -> None:
 
 
 def test_find_filter_layer_on_a_model() -> None:
-    """On the bundled needle model: the layer that looks up names, by prompts of its own kind and by the automatic one."""
+    """On the bundled needle model: the layer that looks up names, by its own kind of prompt and by the probes."""
     from tokred.data.needles import NeedleContexts
     from tokred.zoo import needle_llm
 

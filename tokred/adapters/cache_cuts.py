@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 from tokred import ops
 from tokred.core.errors import UnsupportedGenerationError
 
-__all__ = ["UNCUTTABLE", "cut_layer", "zero_entries"]
+__all__ = ["UNCUTTABLE", "cut_layer", "held_entries", "zero_entries"]
 
 _KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 _REASON = "its layers keep keys in a form (compressed, or on another device) that entries cannot be taken from"
@@ -25,15 +25,38 @@ UNCUTTABLE = {
 }
 
 
-def cut_layer(layer: Any, index: Tensor, number: int) -> None:
-    """Keep the entries `index` (B, K) of a cache layer.
+def held_entries(layer: Any, number: int) -> int:
+    """How many entries a cache layer holds: all that it was given, or, where it attends in a window, the last of them.
 
     Raises:
-        UnsupportedGenerationError: the layer is of a kind that cannot be cut, or its window has dropped entries itself.
+        UnsupportedGenerationError: the layer is of a kind whose entries cannot be got at.
     """
-    held = _check(layer, number)
-    keys, values = (_gather(x[:, :, :held], index) for x in (layer.keys, layer.values))
-    kept = index.shape[1]
+    if type(layer) not in _KINDS:
+        raise UnsupportedGenerationError(
+            f"the cache of layer {number} is a {type(layer).__name__}, which cannot be cut: {_REASON}; use a dynamic "
+            "or a static cache"
+        )
+    given = int(layer.get_seq_length())
+    if not layer.is_sliding:
+        return given
+    window = layer.max_cache_len if isinstance(layer, StaticLayer) else layer.sliding_window
+    return given if given < window else window - 1  # a new token sees itself and window - 1 before it
+
+
+def _stored(layer: Any, number: int) -> slice:
+    """Where those entries lie in the tensors of a cache layer."""
+    held = held_entries(layer, number)
+    end = min(int(layer.get_seq_length()), layer.keys.shape[2])
+    return slice(end - held, end)
+
+
+def cut_layer(layer: Any, index: Tensor, number: int) -> None:
+    """Keep the entries `index` (B, K) of the `held_entries` of a cache layer.
+
+    A layer whose window has filled begins to count anew: entries that left are no part of it any more.
+    """
+    stored, kept = _stored(layer, number), index.shape[1]
+    keys, values = (_gather(x[:, :, stored], index) for x in (layer.keys, layer.values))
     if isinstance(layer, StaticLayer):
         for buffer, x in ((layer.keys, keys), (layer.values, values)):
             buffer.zero_()
@@ -48,29 +71,11 @@ def cut_layer(layer: Any, index: Tensor, number: int) -> None:
 
 
 def zero_entries(layer: Any, where: Tensor, number: int) -> None:
-    """Set key and value of some entries (B, T) bool to zero, though they stay."""
-    held = _check(layer, number)
-    mask = where[:, None, :held, None]
+    """Set key and value of some entries to zero, though they stay; `where` is (B, T) bool over all that were given."""
+    stored = _stored(layer, number)
+    mask = where[:, None, where.shape[1] - (stored.stop - stored.start) :, None]
     for x in (layer.keys, layer.values):
-        x[:, :, :held].masked_fill_(mask.to(x.device), 0)
-
-
-def _check(layer: Any, number: int) -> int:
-    """How many entries a layer holds, if they can be got at."""
-    if type(layer) not in _KINDS:
-        raise UnsupportedGenerationError(
-            f"the cache of layer {number} is a {type(layer).__name__}, which cannot be cut: {_REASON}; use a dynamic "
-            "or a static cache"
-        )
-    held = int(layer.get_seq_length())
-    window = getattr(layer, "sliding_window", None) or (layer.max_cache_len if layer.is_sliding else None)
-    if layer.is_sliding and window is not None and held >= window:
-        raise UnsupportedGenerationError(
-            f"layer {number} attends in a window of {window} tokens and has dropped entries of the prompt ({held} "
-            "tokens) by itself; what a method wants to cut there is gone. Use a shorter prompt, or a method that "
-            "leaves the cache alone"
-        )
-    return held
+        x[:, :, stored].masked_fill_(mask.to(x.device), 0)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred import ops
-from tokred.adapters.cache_cuts import UNCUTTABLE, cut_layer, zero_entries
+from tokred.adapters.cache_cuts import UNCUTTABLE, cut_layer, held_entries, zero_entries
 from tokred.adapters.decoder_parts import Decoder, Ear, Tapped, tap_layer, untap_layer
 from tokred.adapters.decoder_tokens import (
     Present,
@@ -565,7 +565,9 @@ class DecoderSession:
             if stay is not None:
                 stay = now.valid & stay
                 stay = None if bool((stay == now.valid).all()) else stay
-            key = (id(now), None if stay is None else bytes(stay.cpu().flatten().tolist()))
+                held = held_entries(cache.layers[index], index)
+                stay = None if stay is None else stay[:, stay.shape[1] - held :]
+            key = (id(now), None if stay is None else (stay.shape[1], bytes(stay.cpu().flatten().tolist())))
             if key not in made:
                 made[key] = self._state(running, now, stay)
             state, taken = made[key]
@@ -604,7 +606,10 @@ class DecoderSession:
         return CacheCut(keep, zero) if keep or zero else None
 
     def _state(self, running: Pass, now: Present, stay: Tensor | None) -> tuple[Reduced | None, Tensor | None]:
-        """What a layer holds whose entries are `now`, of which only `stay` stay; and which to take, if it is cut."""
+        """What a layer holds whose entries are `now`, of which only `stay` stay; and which to take, if it is cut.
+
+        Where the layer attends in a window that has dropped entries itself, `stay` (B, held) is of those that it holds.
+        """
         start = running.start
         assert start is not None
         if stay is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokred.adapters.decoder_parts import decoder_info
 from tokred.adapters.decoder_session import DecoderSession
+from tokred.adapters.hf_vlm import Pipeline
 from tokred.adapters.towers import PlainTower, QwenTower, Seen
 from tokred.core.budget import check_count
 from tokred.core.errors import InvalidParameterError, UnsupportedModelError
@@ -42,8 +43,6 @@ def describe_prompt(host: Any, given: object) -> PromptInfo:
 
 def filter_layer_of(patch: Any) -> int | None:
     """The layer that a patch's method of the `Prompt` site asks; None if it has none."""
-    from tokred.adapters.hf_vlm import Pipeline
-
     parts = patch._attachment.parts if isinstance(patch._attachment, Pipeline) else ()
     filters = [part.filter for part in parts if isinstance(part, DecoderSession)]
     return next((one.layer for one in filters if one is not None), None)

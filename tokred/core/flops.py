@@ -3,7 +3,8 @@
 Counted are matrix products (projections, q k^T, attention times v, MLP, patch embedding, heads) and the scoring of a
 method; norms, softmax, activations and sorting are not. This is the convention of the token reduction papers up to
 about 1 %: DeiT-S is 4.60 G. The products of attention count T^2 pairs of tokens in language models, too, whose masks
-leave half of them (``causal=True`` counts that half, as some papers do) or only a window.
+leave half of them (``causal=True`` counts that half, as some papers do). Layers that attend in a sliding window are
+counted, in prefill, cache and decoding, as if they saw everything.
 """
 
 from __future__ import annotations
