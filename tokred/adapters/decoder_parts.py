@@ -153,7 +153,7 @@ class MLP:
         if not plain:  # quantised or adapted weights have no rows to take
             return SparseMLP(module, self, None, active, active.shape[0])
         down = getattr(module, self.down)
-        weights = {"down": down.weight.detach()[:, union].contiguous()}
+        weights = {"down": down.weight.detach().index_select(1, union)}
         if down.bias is not None:
             weights["down_bias"] = down.bias.detach()
         parts = [("up", self.up, 0)] + ([("gate", self.gate, 0)] if self.gate else [])
@@ -161,7 +161,7 @@ class MLP:
             parts = [("gate", self.up, 0), ("up", self.up, active.shape[1])]
         for part, name, offset in parts:
             linear = getattr(module, name)  # type: ignore[arg-type]
-            weights[part] = linear.weight.detach()[union + offset]
+            weights[part] = linear.weight.detach().index_select(0, union + offset)
             if linear.bias is not None:
                 weights[f"{part}_bias"] = linear.bias.detach()[union + offset]
         return SparseMLP(module, self, weights, rows, active.shape[0])

@@ -60,6 +60,7 @@ class HFLLMHost(Host):
     sites = ("Prompt", "PrefillLayer", "FeedForward", "CacheAfterPrefill")
     refusals: ClassVar[dict[str, str]] = {
         **REFUSALS,
+        "quantized, offloaded or paged cache": "methods between and behind layers take entries out of it",
         "right padding in generate": "the next token would be predicted from padding, patched or not",
         "Mixtral": "its MLPs are mixtures of experts",
         "Mamba": "it has no attention whose tokens could be told apart",

@@ -50,6 +50,7 @@ class HFVLMHost(Host):
     sites = ("VisualFeatures", "EncoderBlock", "Prompt", "PrefillLayer", "FeedForward", "CacheAfterPrefill")
     refusals: ClassVar[dict[str, str]] = {
         **REFUSALS,
+        "quantized, offloaded or paged cache": "methods between and behind layers take entries out of it",
         "positions='compact' on Qwen-VL": "its positions are places in time and space, which a survivor keeps",
         "right padding in generate": "the next token would be predicted from padding, patched or not",
         "Pixtral": "a Pixtral tower packs images of many sizes into one sequence without a grid of their own",

@@ -377,7 +377,9 @@ class PaliGemma(Family):
         )
         if getattr(self.config.text_config, "sliding_window", None) is None:
             return full
-        sliding = module.create_sliding_window_causal_mask(**arguments, layer_idx=layer, allow_is_causal_skip=False)
+        sliding = module.create_sliding_window_causal_mask(
+            **arguments, layer_idx=layer, block_sequence_ids=blocks, allow_is_causal_skip=False
+        )
         return {"full_attention": full, "sliding_attention": sliding}
 
 
