@@ -28,7 +28,7 @@ install: venv ## make .venv with every extra and the developer's tools
 
 demo: venv-demo ## reduce the bundled models on bundled data: prints tables, writes pictures (ARGS="--task video" chooses)
 	$(BIN)/tokred bench $(ARGS)
-	$(if $(ARGS),,$(BIN)/tokred bench --task vqa)
+	$(if $(ARGS),,$(BIN)/tokred bench --task vqa --levels 0.25)
 
 lint: venv ## ruff (rules and format) and mypy
 	$(BIN)/python -m ruff check .

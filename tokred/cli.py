@@ -181,7 +181,7 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         Compare methods at equal cost on a bundled model and held-out data, offline: accuracy with its standard error,
         the paired difference to random dropping of as many tokens (video: to as many tokens of evenly spaced frames),
         tokens, GMACs, speed. Prints a table (or --json) and writes pictures and results.json to --out. The default of
-        each task takes two to four minutes on two idle cores.
+        each task takes two to five minutes on two idle cores, of vqa, which has the most methods, about seven.
         """,
     )
 

@@ -156,14 +156,17 @@ class MLP:
         weights = {"down": down.weight.detach().index_select(1, union)}
         if down.bias is not None:
             weights["down_bias"] = down.bias.detach()
-        parts = [("up", self.up, 0)] + ([("gate", self.gate, 0)] if self.gate else [])
+        parts = [(self.up, 0)] if self.gate is None else [(self.gate, 0), (self.up, 0)]
         if self.gate == self.up:
-            parts = [("gate", self.up, 0), ("up", self.up, active.shape[1])]
-        for part, name, offset in parts:
-            linear = getattr(module, name)  # type: ignore[arg-type]
-            weights[part] = linear.weight.detach().index_select(0, union + offset)
-            if linear.bias is not None:
-                weights[f"{part}_bias"] = linear.bias.detach()[union + offset]
+            parts[1] = (self.up, active.shape[1])
+        linears = [getattr(module, name) for name, _ in parts]
+        indices = [union + offset for _, offset in parts]
+        inner = linears[0].weight.new_empty(len(parts), len(union), linears[0].in_features)
+        for place, (linear, index) in enumerate(zip(linears, indices, strict=True)):
+            torch.index_select(linear.weight.detach(), 0, index, out=inner[place])
+        weights["inner"] = inner.flatten(0, 1)
+        if linears[0].bias is not None:
+            weights["inner_bias"] = torch.cat([x.bias.detach()[i] for x, i in zip(linears, indices, strict=True)])
         return SparseMLP(module, self, weights, rows, active.shape[0])
 
 
@@ -171,7 +174,8 @@ class SparseMLP:
     """Some neurons of one MLP, for one request.
 
     Attributes:
-        weights: of them, or None where the whole MLP is run and the others are silenced.
+        weights: of them, "inner" (gate above up, which takes one product instead of two) and "down"; or None where the
+            whole MLP is run and the others are silenced.
         rows: (B, K) bool, which of them each row uses; None for all. With `weights` None, (B, I).
     """
 
@@ -189,11 +193,12 @@ class SparseMLP:
         w = self.weights
         if w is None:
             return self._silenced(x)
-        inner = linear(x, w["up"], w.get("up_bias"))
-        if "gate" in w:
-            inner = act(linear(x, w["gate"], w.get("gate_bias"))) * inner
-        else:
+        inner = linear(x, w["inner"], w.get("inner_bias"))
+        if self.kind.gate is None:
             inner = act(inner)
+        else:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = act(gate) * up
         if self.rows is not None:
             inner = inner * self.rows[:, None].to(inner.dtype)
         return linear(inner, w["down"], w.get("down_bias"))

@@ -20,6 +20,7 @@ __all__ = [
     "following_position",
     "gather_rows",
     "layer_step",
+    "media_steps",
     "pack",
     "places_of",
     "positions_of",
@@ -128,15 +129,20 @@ def layer_step(layer: int, method: str, before: Present, after: Present, new: Co
     rows = range(after.columns.shape[0])
     origin = after.columns if new is None else new.origin.gather(1, after.columns)
     kept = tuple(tuple(origin[row][after.valid[row]].tolist()) for row in rows)
-    media = []
-    for (row, number), layout in ({} if new is None else new.layouts).items():
-        assert new is not None
-        counts = []
-        for present in (before, after):
-            own = present.columns[row][present.media[row] == number]
-            tokens = new.tokens[row][own]
-            counts.append(tokens[tokens >= 0])
-        step = MediaStep.of(method, row, layout, counts[1], layer=layer, tokens_in=counts[0].shape[0])
-        media.append(step)
     entered = tuple(int(n) for n in before.valid.sum(dim=1))
-    return LayerStep(layer, method, entered, kept, tuple(media))
+    there = [present.columns.masked_fill(~present.valid, -1) for present in (before, after)]
+    media = () if new is None else media_steps(layer, method, there[0], there[1], new)
+    return LayerStep(layer, method, entered, kept, media)
+
+
+def media_steps(layer: int, method: str, before: Tensor, after: Tensor, new: Columns) -> tuple[MediaStep, ...]:
+    """What is left of each image and video; `before` and `after` (B, T) are columns of `new`, -1 for padding."""
+    steps = []
+    for (row, number), layout in new.layouts.items():
+        tokens = []
+        for columns in (before[row], after[row]):
+            columns = columns[columns >= 0]
+            own = new.tokens[row][columns[new.media[row][columns] == number]]
+            tokens.append(own[own >= 0])
+        steps.append(MediaStep.of(method, row, layout, tokens[1], layer=layer, tokens_in=tokens[0].shape[0]))
+    return tuple(steps)

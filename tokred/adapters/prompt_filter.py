@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokred import ops
 from tokred.adapters.decoder_parts import Decoder, Ear, Tapped
-from tokred.adapters.decoder_tokens import pack, places_of, positions_of
+from tokred.adapters.decoder_tokens import media_steps, pack, places_of, positions_of
 from tokred.adapters.logical_cache import Reduced
 from tokred.adapters.prompt_session import Columns, Frame, PromptSession
 from tokred.core.decoder import Prompt, PromptMethod
@@ -123,7 +123,10 @@ class PromptFilter:
         kept = tuple(tuple(new.origin[row][keep[row]].tolist()) for row in range(keep.shape[0]))
         ids = None if frame.ids is None else frame.ids.detach()
         total = tuple(int(n) for n in new.valid.sum(1))
-        self.thread.steps = (PromptStep(self.method.name, self.layer, total, kept, ids, frame.length),)
+        every = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        there = [every.masked_fill(~chosen, -1) for chosen in (new.valid, keep)]
+        media = media_steps(self.layer, self.method.name, there[0], there[1], new)
+        self.thread.steps = (PromptStep(self.method.name, self.layer, total, kept, ids, frame.length, media),)
 
     # -- what goes on --------------------------------------------------------------------------------------------------
 

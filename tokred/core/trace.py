@@ -113,7 +113,7 @@ class MediaStep:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "site": "VisualFeatures" if self.layer is None else "PrefillLayer",
+            "site": "VisualFeatures" if self.layer is None else "language model",
             "layer": self.layer,
             "method": self.method,
             "sample": self.sample,
@@ -136,6 +136,7 @@ class PromptStep:
         method: by name. layer: the one that chose, 0-based.
         tokens_in: tokens of each row that were read. kept: for each row the columns of the caller's prompt, ascending.
         ids: (B, S) token ids of the caller's prompt, None where embeddings were given. length: S.
+        media: what went on of each image and video.
     """
 
     method: str
@@ -144,6 +145,7 @@ class PromptStep:
     kept: tuple[tuple[int, ...], ...]
     ids: Tensor | None
     length: int
+    media: tuple[MediaStep, ...] = ()
 
     valid: ClassVar[None] = None
 
@@ -195,7 +197,7 @@ class LayerStep:
         return tuple(len(row) for row in self.kept)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"site": "PrefillLayer", **_step_dict(self), "media": [step.to_dict() for step in self.media]}
+        return {"site": "PrefillLayer", **_step_dict(self)}
 
 
 def _step_dict(step: PromptStep | LayerStep) -> dict[str, Any]:
@@ -205,6 +207,7 @@ def _step_dict(step: PromptStep | LayerStep) -> dict[str, Any]:
         "tokens_in": list(step.tokens_in),
         "tokens_out": list(step.tokens_out),
         "kept": [list(row) for row in step.kept],
+        "media": [one.to_dict() for one in step.media],
     }
 
 
@@ -332,7 +335,7 @@ class Trace:
         """Draw what was kept of an image or video: dropped patches fade out, merged ones share their mean colour.
 
         After the steps of an encoder comes one for images and videos that were reduced before a language model, then
-        one for each of its layers before which visual tokens were dropped. Of an image of one tile all
+        one for each place inside it where visual tokens were dropped. Of an image of one tile all
         patches are drawn in place; of one cut into tiles the overview and the mosaic, each tile with its number of
         tokens; of a video every frame with its number of tokens and a bar, at the resolution of its tokens where the
         method resized it.
@@ -349,7 +352,7 @@ class Trace:
         """
         if not len(self):
             raise InvalidParameterError("nothing to draw: no forward pass removed a token yet")
-        drawn = [step.media for step in self.layers if step.media]
+        drawn = [step.media for step in self.language if step.media]
         pictures = [self.media, *drawn] if self.media else drawn
         stages = len(self.encoder) + len(pictures)
         if stages == 0:

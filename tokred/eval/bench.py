@@ -28,6 +28,7 @@ class Task:
     Attributes:
         module: where it is. about: what it measures. methods, level: what `--methods` and `--levels` mean there.
         levels, scenes: default. fast: levels and scenes of `--fast`.
+        context: default of `--context`; None where it means nothing.
     """
 
     module: str
@@ -37,6 +38,7 @@ class Task:
     levels: tuple[float, ...]
     scenes: int
     fast: tuple[tuple[float, ...], int]
+    context: int | None = None
 
 
 TASKS: dict[str, Task] = {
@@ -51,11 +53,12 @@ TASKS: dict[str, Task] = {
     ),
     "vqa": Task(
         "tokred.eval.bench_vqa",
-        "the bundled LLaVA on questions about images, under every method that chooses visual tokens",
+        "the bundled LLaVA on questions about images, under every method that drops visual tokens before the language "
+        "model or inside it",
         methods="all that act on images",
         level="shares of the 144 visual tokens",
         levels=(0.5, 0.25, 0.11),
-        scenes=1000,
+        scenes=1000,  # at one level four minutes of one core
         fast=((0.25,), 50),
     ),
     "video": Task(
@@ -66,6 +69,16 @@ TASKS: dict[str, Task] = {
         levels=(36, 72, 144),
         scenes=500,  # what four minutes on one core allow
         fast=((72,), 16),
+    ),
+    "needle": Task(
+        "tokred.eval.bench_needle",
+        "the bundled text model on questions about needles in a long prompt, of which it reads a part",
+        methods="gemfilter",
+        level="tokens of the prompt that are read",
+        levels=(32, 64, 128),
+        scenes=500,
+        fast=((64,), 16),
+        context=512,
     ),
 }
 
@@ -84,6 +97,7 @@ class BenchOptions:
         threads: for accuracy; speed is always measured on one. rounds: timed pairs for each row.
         parameters: {method: {parameter: value}}.
         ablate: a method to take apart instead. checkpoint: other weights of the task's model.
+        context: tokens of a context.
         out: folder for pictures and results.json.
     """
 
@@ -98,6 +112,7 @@ class BenchOptions:
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ablate: str | None = None
     checkpoint: Path | None = None
+    context: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("scenes", 2), ("seed", 0), ("threads", 1), ("rounds", 1)):
@@ -111,6 +126,13 @@ class BenchOptions:
             if not 0 < level < 1:
                 raise InvalidParameterError(f"--levels {level:g}: expected shares of the {of} in (0, 1)")
         return tuple(self.levels or ())
+
+    def counts(self, of: str) -> tuple[int, ...]:
+        """The levels of a task in which they are numbers; None are given: (). Refuses what is none."""
+        for level in self.levels or ():
+            if level < 1 or level != int(level):
+                raise InvalidParameterError(f"--levels {level:g}: expected numbers of {of}")
+        return tuple(map(int, self.levels or ()))
 
     def check_split(self) -> None:
         if self.split not in ("test", "val"):

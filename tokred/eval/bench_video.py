@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokred.core.errors import InvalidParameterError
 from tokred.core.flops import flops
-from tokred.core.method import VisualMethod
+from tokred.core.method import Method, VisualMethod
 from tokred.core.patch import Patch
 from tokred.core.sites import TowerInfo
 from tokred.eval.bench import TASKS, BenchOptions, Progress, require
@@ -76,7 +76,7 @@ class Setup:
     scorer: Any
 
     @contextlib.contextmanager
-    def under(self, row: Row, method: VisualMethod | None) -> Iterator[Patch | None]:
+    def under(self, row: Row, method: Method | None) -> Iterator[Patch | None]:
         """The model as a row has it."""
         if row.scores == "clip":
             method = method.replace(scorer=self.scorer)  # type: ignore[union-attr]
@@ -252,7 +252,7 @@ def _answers(
 
 def _blind(row: Row, tower: Any) -> bool:
     """Whether a row needs nothing of the layers of the vision tower."""
-    if row.method is None:
+    if not isinstance(row.method, VisualMethod):
         return True
     config = tower.config
     needs = row.method.needs(TowerInfo(config.num_hidden_layers, config.num_attention_heads, True, 0))
@@ -306,7 +306,7 @@ def _measured(
     scorer = flops(setup.scorer.model).vision
     measured = []
     for row in rows:
-        right, tokens = answered[row.key]
+        right, tokens, *_ = answered[row.key]
         own = groups if row.kind == "random" else None
         record: dict[str, Any] = {
             "kind": row.kind,

@@ -223,7 +223,8 @@ def accuracy_plot(
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    colours = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#6b7280", "#be185d")
+    colours = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#6b7280", "#be185d", "#1e3a8a",
+               "#78350f", "#4d7c0f", "#f472b6")  # fmt: skip
     most, accuracy, error = unpatched
     axes.axhspan(100 * (accuracy - error), 100 * (accuracy + error), color=_INK, alpha=0.08, lw=0)
     axes.axhline(100 * accuracy, color=_INK, lw=1, ls=":")
@@ -246,7 +247,7 @@ def accuracy_plot(
     axes.grid(color="#e5e7eb", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="lower right" if len(curves) <= 8 else "best")
     figure.savefig(path)
 
 

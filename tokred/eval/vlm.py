@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from tokred.core.errors import InvalidParameterError, UnknownMethodError, nearest
-from tokred.core.method import VisualMethod, from_dict, registered
+from tokred.core.method import Method, VisualMethod, from_dict, registered
 from tokred.core.patch import Patch, patch
 from tokred.core.sites import MediaLayout, PromptInfo
 from tokred.eval.bench import BenchOptions
+from tokred.eval.inside import budget_field
 from tokred.eval.report import table
 from tokred.eval.speed import ratio
 from tokred.eval.vision import mean
@@ -62,20 +63,22 @@ class Row:
         kind: "unpatched", "uniform", "random" or "method". label: of the table. tokens: the budget, None for all.
         method: None runs the model as it is. frames: of a clip that are shown.
         scores: of frames: "equal", "clip", or None where they do not matter.
+        inside: whether tokens go inside the language model, not before it.
     """
 
     kind: str
     label: str
     tokens: int | None
-    method: VisualMethod | None = None
+    method: Method | None = None
     frames: int = 0
     scores: str | None = None
+    inside: bool = False
 
     @property
     def key(self) -> str:
         return f"{self.label} {self.tokens}"
 
-    def numbered(self, number: int) -> VisualMethod | None:
+    def numbered(self, number: int) -> Method | None:
         """The method for batch `number`: random subsets are drawn anew for each batch."""
         if self.kind != "random" or self.method is None:
             return self.method
@@ -142,15 +145,18 @@ def _has_budget(cls: type) -> bool:
     return "budget" in {field.name for field in fields(cls)}
 
 
-def check_methods(options: BenchOptions, default: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The methods asked for; they and those of --set must be known. Random choice is there in any case."""
-    names = [name for name in options.methods or default if name != "random_tokens"]
+def check_methods(
+    options: BenchOptions, default: Sequence[str], known: Sequence[str], control: str | None = "random_tokens"
+) -> list[str]:
+    """The methods asked for; they and those of --set must be known. The control is there in any case."""
+    names = [name for name in options.methods or default if name != control]
     for name in names:
         if name not in known:
             raise UnknownMethodError(f"--methods {name}{nearest(name, known)}; there are: {', '.join(known)}")
+    settable = [*names, control] if control else names
     for name in options.parameters:
-        if name not in (*names, "random_tokens"):
-            raise InvalidParameterError(f"--set {name}...: the methods here are {', '.join(names)}, random_tokens")
+        if name not in settable:
+            raise InvalidParameterError(f"--set {name}...: the methods here are {', '.join(settable)}")
     return names
 
 
@@ -167,18 +173,25 @@ def visual_method(name: str, tokens: int, options: BenchOptions, **further: Any)
 
 
 class Answered(NamedTuple):
-    """Of one row: which questions were answered right (N,) bool, and the visual tokens read for each (N,) int64."""
+    """Of one row, question by question.
+
+    Attributes:
+        right: (N,) bool, answered right. tokens: (N,) int64, visual tokens left at the end.
+        read, entered: (N,) visual tokens that a layer of the language model read, on average, and that entered it.
+    """
 
     right: Tensor
     tokens: Tensor
+    read: Tensor
+    entered: Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[Answered]) -> Answered:
-        return cls(torch.cat([part.right for part in parts]), torch.cat([part.tokens for part in parts]))
+        return cls(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, method: VisualMethod | None, processor: Any) -> Iterator[Patch | None]:
+def patched(model: nn.Module, method: Method | None, processor: Any) -> Iterator[Patch | None]:
     """The model under a method, or as it is."""
     if method is None:
         yield None
@@ -198,9 +211,10 @@ def ask(model: Any, processor: Any, inputs: Mapping[str, Any], handle: Patch | N
 
 
 def judged(words: Sequence[str], answers: Sequence[str], left: Sequence[int], all_tokens: int) -> Answered:
-    """Compare words exactly."""
+    """Compare words exactly; all layers read the tokens that are `left` (none: all were)."""
     right = [word == answer for word, answer in zip(words, answers, strict=True)]
-    return Answered(torch.tensor(right), torch.tensor(left or [all_tokens] * len(right)))
+    tokens = torch.tensor(left or [all_tokens] * len(right))
+    return Answered(torch.tensor(right), tokens, tokens, tokens)
 
 
 @contextlib.contextmanager
@@ -236,17 +250,20 @@ def scores(right: Tensor, kinds: Sequence[str], groups: Tensor | None) -> dict[s
     return found
 
 
-def settings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line that says which parameters of methods are not their defaults, budgets and seeds apart."""
+def settings(rows: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> list[str]:
+    """Lines that say which parameters of methods are not their defaults, budgets, seeds and those `told` apart."""
     changed: dict[str, None] = {}
     for row in rows:
-        if row["method"] is not None:
+        if row["method"] is not None and row["method"]["method"] in registered():  # no control of the benchmark's own
             method = from_dict(row["method"])
-            usual = {field.name: field.default for field in fields(method)}  # type: ignore[arg-type]
-            own = {key: getattr(method, key) for key in usual if key not in ("budget", "seed")}
-            text = ", ".join(f"{key}={value!r}" for key, value in own.items() if value != usual[key])
-            changed |= {f"{method.title}: {text}": None} if text else {}
-    return [f"settings: {'; '.join(changed)}"] if changed else []
+            budget = budget_field(method.name)
+            names = [field.name for field in fields(method)]  # type: ignore[arg-type]
+            usual = type(method)(**{budget: getattr(method, budget)} if budget else {})
+            own = {key: getattr(method, key) for key in names if key not in ("seed", budget, *told)}
+            text = ", ".join(f"{key}={value!r}" for key, value in own.items() if value != getattr(usual, key))
+            label = row["label"] if row.get("inside") else method.title  # there may be several rows of a method
+            changed |= {f"{label}: {text}": None} if text else {}
+    return textwrap.wrap(f"settings: {'; '.join(changed)}", 118) if changed else []
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------
@@ -305,11 +322,15 @@ def report(
     header: Sequence[str],
     cells: Callable[[Mapping[str, Any], Sequence[str]], list[str]],
     legend: str,
+    told: Sequence[str] = (),
 ) -> str:
-    """The table of a task, rows of one level together, with what its columns mean and the settings of its methods."""
-    kinds = list(results["rows"][0]["kinds"])
+    """The table of a task, rows of one level together, with what its columns mean and the settings of its methods.
+
+    `told` are parameters that the table shows itself.
+    """
+    kinds = list(results["rows"][0].get("kinds", ()))
     groups: dict[Any, list[list[str]]] = {}
     for row in results["rows"]:
-        groups.setdefault(row["level"], []).append(cells(row, kinds))
+        groups.setdefault((row["level"], row.get("inside")), []).append(cells(row, kinds))
     lines = [title, "", table(header, list(groups.values())), "", *textwrap.wrap(legend, 118)]
-    return "\n".join(lines + settings(results["rows"]))
+    return "\n".join(lines + settings(results["rows"], told))
