@@ -16,6 +16,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokred.zoo.words import word_tokenizer
+
 if TYPE_CHECKING:
     from transformers import (
         LlavaForConditionalGeneration,
@@ -93,23 +95,7 @@ def build_digit_vlm() -> LlavaForConditionalGeneration:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of ``WORDS``; ``<s>`` is put first, padding goes to the left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    transformers = _need_transformers()
-    tokenizer = Tokenizer(models.WordLevel(WORD_IDS, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>", "<video>"],
-        padding_side="left",
-        model_max_length=LLAMA_CONFIG["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-    )
+    return word_tokenizer(WORD_IDS, LLAMA_CONFIG["max_position_embeddings"], ("<image>", "<video>"))
 
 
 def _pixels() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokred.data.needles import NEEDLE_WORDS
+from tokred.zoo.words import word_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -60,22 +61,7 @@ def build_needle_llm() -> LlamaForCausalLM:
 
 def build_needle_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of ``NEEDLE_WORDS``; ``<s>`` is put first, padding goes to the left."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    transformers = _need_transformers()
-    tokenizer = Tokenizer(models.WordLevel(WORD_IDS, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        padding_side="left",
-        model_max_length=CONFIG["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-    )
+    return word_tokenizer(WORD_IDS, CONFIG["max_position_embeddings"])
 
 
 def needle_llm(folder: Path = FOLDER) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -9,7 +9,6 @@ colour, digit and coloured digit, whether it is there; each is put in one of sev
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from tokred.data.scenes import normalize
 from tokred.zoo.digit_clip import WordTokenizer, build_digit_clip
 from tokred.zoo.digit_vlm import FOLDER as VLM_FOLDER
 from tokred.zoo.digit_vlm import digit_vlm
-from tokred.zoo.training import Average, Optimiser, Rates
+from tokred.zoo.training import Average, Optimiser, Rates, trainer_arguments
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -139,16 +138,10 @@ def save(clip: CLIP, record: dict[str, Any], out: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, logs and the card")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = trainer_arguments(__doc__, "three steps on tiny batches", scaled=False)
     parser.add_argument(
         "--vlm", type=Path, default=VLM_FOLDER, help="folder of the digit VLM; the bundled one by default"
     )
-    parser.add_argument("--smoke", action="store_true", help="three steps on tiny batches")
-    parser.add_argument("--evaluate", action="store_true", help="measure the seed in --out and write its card")
-    parser.add_argument("--bundle", action="store_true", help="with --evaluate: put that seed into the package")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than the idle cores is far slower")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.evaluate:

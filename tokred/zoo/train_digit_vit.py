@@ -17,7 +17,6 @@ few blocks on the way by the model's own head, so that early class-token attenti
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -35,6 +34,7 @@ from tokred.data.banks import load_banks
 from tokred.data.scenes import DigitScenes, SceneBatch, SceneStyle, normalize, patch_coverage, render
 from tokred.zoo.digit_vit import build_digit_vit
 from tokred.zoo.muon import Muon
+from tokred.zoo.training import trainer_arguments
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -255,14 +255,7 @@ def save(model: nn.Module, record: dict[str, Any], out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, logs and the card")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="factor of the steps of every phase")
-    parser.add_argument("--smoke", action="store_true", help="five steps a phase on tiny batches")
-    parser.add_argument("--evaluate", action="store_true", help="measure the seeds in --out and write the card")
-    parser.add_argument("--bundle", action="store_true", help="with --evaluate: put seed 0 into the package")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than the idle cores is far slower")
+    parser = trainer_arguments(__doc__, "five steps a phase on tiny batches")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.evaluate:

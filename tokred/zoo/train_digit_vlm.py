@@ -9,8 +9,6 @@ and decoder learn to answer (``train_digit_vlm_language``).
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +20,7 @@ import torch
 from tokred.zoo.digit_vlm import build_digit_vlm, build_processor
 from tokred.zoo.train_digit_vlm_language import LanguageRecipe, train_language
 from tokred.zoo.train_digit_vlm_tower import TowerRecipe, train_tower
+from tokred.zoo.training import save_folder, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -89,27 +88,14 @@ def _timed(stage: str, run: Callable[[], list[dict[str, Any]]]) -> dict[str, Any
 
 def save(model: LlavaForConditionalGeneration, record: dict[str, Any], out: Path) -> Path:
     """The folder ``seed<n>`` in ``out``: float16 weights, configurations, tokenizer, processor, ``log.json``."""
-    folder = out / f"seed{record['seed']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
-    build_processor().save_pretrained(folder)
-    (folder / "log.json").write_text(json.dumps(record, indent=1))
-    return folder
+    return save_folder(model, build_processor(), record, out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, logs and the card")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = trainer_arguments(__doc__, "two steps a phase on tiny batches")
     parser.add_argument(
         "--tower", type=Path, help="file for the trained tower; if it exists, the first stage is skipped"
     )
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="factor of the steps of every phase")
-    parser.add_argument("--smoke", action="store_true", help="two steps a phase on tiny batches")
-    parser.add_argument("--evaluate", action="store_true", help="measure the seed in --out and write its card")
-    parser.add_argument("--bundle", action="store_true", help="with --evaluate: put that seed into the package")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than the idle cores is far slower")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.evaluate:

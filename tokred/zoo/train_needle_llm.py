@@ -15,8 +15,6 @@ is drawn at random.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +28,7 @@ from tqdm import tqdm
 
 from tokred.data.needles import NAME_AT, NAME_IDS, SENTENCE, VALUE_AT, draw_needles
 from tokred.zoo.needle_llm import CONFIG, EOS, build_needle_llm, build_needle_tokenizer
-from tokred.zoo.training import Average, Optimiser, Rates
+from tokred.zoo.training import Average, Optimiser, Rates, save_folder, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -228,24 +226,11 @@ def train(recipe: NeedleRecipe, seed: int) -> tuple[LlamaForCausalLM, dict[str, 
 
 def save(model: LlamaForCausalLM, record: dict[str, Any], out: Path) -> Path:
     """The folder ``seed<n>`` in ``out``: float16 weights, configurations, tokenizer, ``log.json``."""
-    folder = out / f"seed{record['seed']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
-    build_needle_tokenizer().save_pretrained(folder)
-    (folder / "log.json").write_text(json.dumps(record, indent=1))
-    return folder
+    return save_folder(model, build_needle_tokenizer(), record, out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, logs and the card")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="factor of the steps of every phase")
-    parser.add_argument("--smoke", action="store_true", help="two steps a phase on tiny batches")
-    parser.add_argument("--evaluate", action="store_true", help="measure the seed in --out and write its card")
-    parser.add_argument("--bundle", action="store_true", help="with --evaluate: put that seed into the package")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than the idle cores is far slower")
+    parser = trainer_arguments(__doc__, "two steps a phase on tiny batches")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.evaluate:

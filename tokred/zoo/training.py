@@ -1,9 +1,13 @@
-"""What the trainers of the bundled models share: rates, two optimisers, an average of the weights."""
+"""What the trainers of the bundled models share: rates, two optimisers, an average of the weights, command lines."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +77,36 @@ class Average:
         """Write the average into ``module``, which has the same parameters."""
         for p, value in zip(module.parameters(), self.values, strict=True):
             p.copy_(value)
+
+
+def trainer_arguments(description: str | None, smoke: str, scaled: bool = True) -> argparse.ArgumentParser:
+    """The command line of a trainer, its own options apart.
+
+    Args:
+        smoke: what ``--smoke`` does. scaled: whether there is ``--steps-scale``.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, logs and the card")
+    parser.add_argument("--seed", type=int, default=0)
+    if scaled:
+        parser.add_argument("--steps-scale", type=float, default=1.0, help="factor of the steps of every phase")
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+    parser.add_argument("--evaluate", action="store_true", help="measure what is in --out and write its card")
+    parser.add_argument("--bundle", action="store_true", help="with --evaluate: put that seed into the package")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than the idle cores is far slower")
+    return parser
+
+
+def save_folder(model: Any, reader: Any, record: dict[str, Any], out: Path) -> Path:
+    """The folder ``seed<n>`` in ``out``: float16 weights, configurations, tokenizer or processor, ``log.json``.
+
+    Args:
+        reader: the tokenizer or processor. record: of the training, with its "seed".
+    """
+    folder = out / f"seed{record['seed']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    reader.save_pretrained(folder)
+    (folder / "log.json").write_text(json.dumps(record, indent=1))
+    return folder
