@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import AttentionInterface, DynamicCache, GenerationConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokred
 from tests.matrix.llm_models import HOSTS, Request
@@ -28,6 +30,7 @@ from tokred.core.errors import (
     RequestError,
     StaleCacheError,
     UnsupportedGenerationError,
+    UnsupportedModelError,
 )
 
 LLAMA = HOSTS["llama"]
@@ -430,3 +433,65 @@ def test_what_a_prompt_method_is_shown(llama):
         torch.testing.assert_close(view.keys[row][:, real], reference.store.keys[2][0], atol=1e-5, rtol=1e-4)
         assert view.visual[row, real].tolist() == single.prunable[0].tolist()
     method.seen.clear()
+
+
+# -- flash attention ---------------------------------------------------------------------------------------------------
+
+
+def flash_like(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """What flash attention computes: causal from the right end, with a (B, keys) mask of padding or none."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).expand(batch, 1, -1, -1)
+    if attention_mask is not None:
+        assert attention_mask.shape == (batch, keys)
+        seen = seen & attention_mask[:, None, None].bool()
+    groups = heads // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, float("-inf"))
+    return (logits.softmax(-1).nan_to_num(0.0) @ value).transpose(1, 2), None
+
+
+@pytest.fixture
+def flash():
+    AttentionInterface.register("flash_like", flash_like)
+    AttentionMaskInterface.register("flash_like", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+    yield "flash_like"
+    ALL_ATTENTION_FUNCTIONS._global_mapping.pop("flash_like")
+    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop("flash_like")
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [Attended(before=3, keep=2)],
+        [Spaced(cut=True), Firing(at=(1, 3))],
+        [Signed()],
+        [Chosen(0.6), Spaced(before=(3,), keep=(2,))],
+    ],
+    ids=["rows", "cut", "ragged", "prompt"],
+)
+def test_flash_attention_answers_as_sdpa_does(llama, flash, methods):
+    """A stand-in: masks have two dimensions there, and None where nothing is padded."""
+    request = text()
+    with patched(llama, request, methods):
+        wanted = greedy(llama, request.inputs)
+        llama.config._attn_implementation = flash
+        got = greedy(llama, request.inputs)
+        assert torch.equal(got.sequences, wanted.sequences)
+        for a, b in zip(got.logits, wanted.logits, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_masks_of_other_kinds_are_refused(llama):
+    """Flex attention's block masks, prepared by the caller."""
+    request = text()
+
+    class BlockMask:
+        shape = (1, 1, 2, 2)
+
+    with (
+        patched(llama, request, [Spaced()]),
+        pytest.raises(UnsupportedModelError, match=r"mask of type BlockMask.*sdpa"),
+    ):
+        llama(request.inputs["input_ids"], attention_mask=BlockMask())

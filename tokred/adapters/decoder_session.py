@@ -338,6 +338,8 @@ class DecoderSession:
 
     def after(self, args: tuple[Any, ...], output: Any) -> Any:
         """End a pass: the cache carries what its layers hold, and hidden states go back to the length that entered."""
+        if not self.thread.passes:  # the pass raised before it began
+            return None
         running = self.thread.passes.pop()
         if output is None or running is None or not running.prefill:
             return None
