@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -73,9 +74,57 @@ def test_vlm_benchmark_prints_a_table():
     assert "targets: share 95% of the limit" in table
 
 
-def test_median_interval():
-    import importlib.util
+def test_llm_benchmark_reports_every_promised_number(monkeypatch):
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    result = json.loads(run("llm.py", "--json"))
+    rows = result["rows"]
+    found = {}
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["cache_mib"] > 0
+        found.setdefault((row["section"], row["prompt"], row["measure"]), []).append(row)
+    measures = {(section, measure) for section, _, measure in found}
+    assert measures == {
+        *((section, "first token") for section in ("gemfilter", "corematching", "mustdrop", "overhead")),
+        *((section, "next tokens") for section in ("gemfilter", "corematching", "overhead")),
+        ("mustdrop", "answer"),
+    }
+    for (section, _, _), (plain, *others) in found.items():
+        assert plain["method"] == "unreduced"
+        assert len(others) >= 2
+        for row in others:
+            assert row["speedup_95"][0] <= row["speedup"] <= row["speedup_95"][1]
+            if section == "overhead":
+                assert "added_ms" in row
+                continue
+            assert row["share"] == pytest.approx(row["speedup"] / row["limit"])
+            if section != "corematching":
+                assert row["limit"] > 1
+                assert row["cache_mib"] < plain["cache_mib"]
 
+    gem = [row for row in rows if row["section"] == "gemfilter" and row["method"].startswith("GemFilter")]
+    assert sorted({row["prompt"] for row in gem}) == [48, 96]
+    assert all("paper says 2.4x" in row["notes"][0] for row in gem)
+    if sys.platform == "linux":
+        assert all(row["peak_mib"] > 0 for row in gem)
+    core = next(row for row in rows if row["target"] == 0.9)
+    assert core["measure"] == "next tokens"
+    assert core["limit"] == pytest.approx(1.5, abs=0.2)
+    assert isinstance(core["met"], bool)
+    must = next(row for row in rows if row["method"] == "MustDrop")
+    assert must["notes"][0].startswith("tower 36 -> 20 tokens; of 96 in the language model 80 from layer 0, ")
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module("llm").as_text(result)
+    for name in ("llm", "vlm", "vit"):
+        sys.modules.pop(name, None)
+    assert "a dry run on tiny sizes" in table
+    assert "target: 90% of the limit for the next tokens" in table
+    assert all(row["method"] in table for row in rows)
+
+
+def test_median_interval():
     spec = importlib.util.spec_from_file_location("benchmark_vit", ROOT / "benchmarks" / "vit.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

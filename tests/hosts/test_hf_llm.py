@@ -464,7 +464,7 @@ def flash():
 @pytest.mark.parametrize(
     "methods",
     [
-        [Attended(before=3, keep=2)],
+        [Attended(before=(3,), keep=2)],
         [Spaced(cut=True), Firing(at=(1, 3))],
         [Signed()],
         [Chosen(0.6), Spaced(before=(3,), keep=(2,))],
