@@ -183,10 +183,8 @@ def _tolerances(stated: object) -> dict[str, tuple[float, float]]:
     found = {}
     for what, value in stated.items():
         if isinstance(value, str):
-            value = {
-                name: float(number)
-                for name, number in re.findall(r"(atol|rtol)\s*[=:]?\s*([0-9.]+(?:[eE][+-]?\d+)?)", value)
-            }
+            numbers = re.findall(r"(atol|rtol|max abs)\s*[=:]?\s*([0-9.]+(?:[eE][+-]?\d+)?)", value)
+            value = {"atol" if name == "max abs" else name: float(number) for name, number in numbers}
         if isinstance(value, Mapping) and value:
             found[what] = (float(value.get("atol", 0.0)), float(value.get("rtol", 0.0)))
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,20 +99,11 @@ def test_spoiled_outputs_and_unknown_options_fail(name: str) -> None:
 
 def run_case(golden: Golden) -> None:
     golden.known(("config",))
-    read_tolerance(golden)
     config = golden.entry["config"]
     if "vit" in config:
         check_drop_in(golden, config)
     else:
         check_model(golden, config)
-
-
-def read_tolerance(golden: Golden) -> None:
-    """These manifests say "max abs 2e-4", which the shared reader does not look for."""
-    stated = golden.case.entry.get("tolerance", golden.case.manifest.get("tolerance"))
-    found = re.search(r"max abs\s*([0-9.]+(?:[eE][+-]?\d+)?)", stated) if isinstance(stated, str) else None
-    if found:
-        golden._tolerances["floats"] = (float(found[1]), golden._tolerances["floats"][1])
 
 
 def options(golden: Golden, config: dict[str, Any], names: dict[str, str], others: tuple[str, ...]) -> dict[str, Any]:
@@ -203,7 +193,6 @@ def test_unofficial(unofficial: Any) -> None:
         pytest.fail(unofficial, pytrace=False)
     golden = Golden(unofficial)
     golden.known(("config", "reference"))
-    read_tolerance(golden)
     runs = {"lokiwizard": check_lokiwizard, "lucidrains": check_lucidrains}
     names = [name for name in runs if golden.entry["reference"].startswith(name)]
     if not names:
