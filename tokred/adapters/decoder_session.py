@@ -65,7 +65,10 @@ class Pass:
     Attributes:
         start: the tokens that entered. now: those at the layer that runs. at: {layer: those that entered it}.
         prefill: whether it reads a prompt. layered: what the cache's layers hold, in later passes.
-        initial: (B,) int64, visual tokens at the start.
+        full: columns of the language model, those of the cache included. valid: (B, full) of a later pass, None for all.
+        taps: what layers that a method asks about worked on. masks, rotary: made once for layers that are alike.
+        active: neurons of MLPs. embeds: what entered. deepstack: features that are added behind the first layers.
+        cuts: (layer, tokens): in layers before it only these stay in the cache. steps: for the trace.
     """
 
     def __init__(self, start: Present | None, prefill: bool, layered: Layered | None = None) -> None:
@@ -78,8 +81,8 @@ class Pass:
         self.steps: list[tuple[int, str, Present, Present]] = []
         self.embeds: Tensor | None = None
         self.deepstack: tuple[Tensor, list[Tensor]] | None = None
-        self.valid: Tensor | None = None  # (B, columns so far) of a later pass
-        self.cuts: list[tuple[int, Present]] = []  # before these layers, only these stay in the cache
+        self.valid: Tensor | None = None
+        self.cuts: list[tuple[int, Present]] = []
         self.full = 0
 
 
