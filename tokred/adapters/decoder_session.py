@@ -65,7 +65,7 @@ class Pass:
     Attributes:
         start: the tokens that entered. now: those at the layer that runs. at: {layer: those that entered it}.
         prefill: whether it reads a prompt. layered: what the cache's layers hold, in later passes.
-        full: columns of the language model, those of the cache included. valid: (B, full) of a later pass, None for all.
+        full: columns of the language model, those of the cache included. valid: (B, full) in a later one, None for all.
         taps: what layers that a method asks about worked on. masks, rotary: made once for layers that are alike.
         active: neurons of MLPs. embeds: what entered. deepstack: features that are added behind the first layers.
         cuts: (layer, tokens): in layers before it only these stay in the cache. steps: for the trace.
