@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import tokred
+from tests.cli.conftest import saved
 from tests.cli.test_cli import refused, run
 from tokred.core.errors import InvalidParameterError
 from tokred.core.trace import LayerStep, PromptStep, Trace
@@ -28,26 +29,11 @@ LAYER_CACHED = 2 * 160 * 4
 
 
 @pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of the bundled architecture: these tests hold with any weights."""
-    from tokred.zoo.digit_vlm import build_digit_vlm, build_processor
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vlm")
-    build_digit_vlm().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokred.zoo.needle_llm import build_needle_llm, build_needle_tokenizer
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("llm")
-    build_needle_llm().save_pretrained(folder)
-    build_needle_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("llm"), build_needle_llm(), build_needle_tokenizer())
 
 
 def _results(task: str, weights: Path, out: Path, *further: str) -> dict[str, Any]:
@@ -67,8 +53,8 @@ def _results(task: str, weights: Path, out: Path, *further: str) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def vqa(vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _results("vqa", vlm, tmp_path_factory.mktemp("vqa"), "--scenes", "26", "--methods", INSIDE)
+def vqa(vlm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _results("vqa", vlm_folder, tmp_path_factory.mktemp("vqa"), "--scenes", "26", "--methods", INSIDE)
 
 
 def test_rows_inside(vqa: dict[str, Any]) -> None:
@@ -116,9 +102,9 @@ def test_table_and_pictures_inside(vqa: dict[str, Any]) -> None:
         assert sheet.width > 11 * 180
 
 
-def test_a_threshold_that_is_given_is_not_fitted(vlm: Path, tmp_path: Path) -> None:
+def test_a_threshold_that_is_given_is_not_fitted(vlm_folder: Path, tmp_path: Path) -> None:
     argv = ["--scenes", "2", "--methods", "mustdrop", "--set", "mustdrop.global_threshold=0.5"]
-    found = _results("vqa", vlm, tmp_path, *argv)["rows"][-1]["method"]
+    found = _results("vqa", vlm_folder, tmp_path, *argv)["rows"][-1]["method"]
     assert (found["global_threshold"], found["individual_threshold"]) == (0.5, None)
 
 
@@ -262,9 +248,15 @@ def test_random_prompt_keeps_the_question() -> None:
     ],
 )
 def test_refusals(
-    capsys: pytest.CaptureFixture[str], task: str, argv: list[str], says: str, vlm: Path, llm: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    argv: list[str],
+    says: str,
+    vlm_folder: Path,
+    llm: Path,
+    tmp_path: Path,
 ) -> None:
-    weights = {"vqa": ["--checkpoint", str(vlm)], "needle": ["--checkpoint", str(llm)]}.get(task, [])
+    weights = {"vqa": ["--checkpoint", str(vlm_folder)], "needle": ["--checkpoint", str(llm)]}.get(task, [])
     line = refused(capsys, "bench", "--task", task, "--fast", *weights, *argv, "--out", str(tmp_path / "out"))
     assert says in line
     assert not (tmp_path / "out").exists()

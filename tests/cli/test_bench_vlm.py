@@ -33,15 +33,8 @@ CACHED = 6 * 2 * 160 * 4
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of the bundled architecture: these tests hold with any weights."""
-    from tokred.zoo.digit_vlm import build_digit_vlm, build_processor
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    build_digit_vlm().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
+def weights(vlm_folder: Path) -> Path:
+    return vlm_folder
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ import threading
 
 import pytest
 import torch
-from transformers import AttentionInterface, DynamicCache, GenerationConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import DynamicCache, GenerationConfig
 
 import tokred
+from tests.hosts.flash import flash_stand_in
 from tests.matrix.llm_models import HOSTS, Request
 from tests.matrix.llm_probes import Attended, Chosen, Firing, Reference, Signed, Spaced, Trim
 from tests.matrix.test_llm import check_rows, patched
@@ -454,11 +453,8 @@ def flash_like(module, query, key, value, attention_mask, scaling=None, **kwargs
 
 @pytest.fixture
 def flash():
-    AttentionInterface.register("flash_like", flash_like)
-    AttentionMaskInterface.register("flash_like", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
-    yield "flash_like"
-    ALL_ATTENTION_FUNCTIONS._global_mapping.pop("flash_like")
-    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop("flash_like")
+    with flash_stand_in(flash_like) as name:
+        yield name
 
 
 @pytest.mark.parametrize(

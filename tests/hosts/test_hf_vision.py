@@ -13,12 +13,11 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface, modeling_layers
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import modeling_layers
 from transformers.utils import output_capturing
 
 import tokred
+from tests.hosts.flash import flash_stand_in
 from tokred.adapters.hf_vision import HFVisionHost
 from tokred.adapters.registry import find_host
 from tokred.core.errors import InvalidParameterError, NoClassTokenError, RaggedInputError, UnsupportedModelError
@@ -846,11 +845,8 @@ def flash_like(module, query, key, value, attention_mask, scaling=None, **kwargs
 
 @pytest.fixture
 def flash():
-    AttentionInterface.register("flash_like", flash_like)
-    AttentionMaskInterface.register("flash_like", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
-    yield "flash_like"
-    ALL_ATTENTION_FUNCTIONS._global_mapping.pop("flash_like")
-    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop("flash_like")
+    with flash_stand_in(flash_like) as name:
+        yield name
 
 
 def test_flash_attention_serves_what_needs_no_bias(flash):

@@ -6,6 +6,7 @@ that may be dropped). Rows are padded on the left. Multimodal prompts are those 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.matrix.vlm_models import FAMILIES, FIRST_TEXT, LAST_TEXT, PAD_ID, SUPPRESS, TEXT, Tiny, language_of
+from tests.matrix.vlm_models import FAMILIES, FIRST_TEXT, LAST_TEXT, PAD_ID, TEXT, Tiny, language_of, stirred
 
 __all__ = ["DEPTH", "HOSTS", "TEXTS", "Host", "Request"]
 
@@ -51,7 +52,7 @@ class Request:
         return self.inputs["input_ids"].shape[1]
 
 
-class Host:
+class Host(ABC):
     """A model to patch, and prompts for it.
 
     Attributes:
@@ -68,19 +69,21 @@ class Host:
     mrope: bool = False
     visual: Tiny | None = None
 
+    @abstractmethod
     def config(self) -> Any:
-        raise NotImplementedError
+        """Of the model."""
 
+    @abstractmethod
     def make(self, kernel: str = "") -> nn.Module:
-        raise NotImplementedError
+        """The model with random weights."""
 
+    @abstractmethod
     def requests(self, few: bool = False) -> Request:
         """A batch of every kind of row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decoder(self, model: Any) -> Any:
         """The language model without its head."""
-        raise NotImplementedError
 
 
 class TextHost(Host):
@@ -162,17 +165,6 @@ class VisualHost(Host):
 
     def decoder(self, model: Any) -> Any:
         return language_of(model)
-
-
-def stirred(model: Any) -> Any:
-    """Random biases and norms too, and nothing that ends a text."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.generation_config.pad_token_id = PAD_ID
-    model.generation_config.suppress_tokens = SUPPRESS
-    return model.eval()
 
 
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}

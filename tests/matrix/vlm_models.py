@@ -7,6 +7,7 @@ are which slots of which media, worked out by hand: the oracle of `tests/matrix/
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -82,8 +83,19 @@ class Prompt:
         return self.tiny.inputs([self.rows[row]], first_row=row)
 
 
+def stirred(model: Any) -> Any:
+    """Random biases and norms too, and nothing that ends a text."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.generation_config.pad_token_id = PAD_ID
+    model.generation_config.suppress_tokens = SUPPRESS
+    return model.eval()
+
+
 @dataclass
-class Tiny:
+class Tiny(ABC):
     """A family: how to make its model and its inputs."""
 
     name: ClassVar[str]
@@ -95,26 +107,21 @@ class Tiny:
     kernels: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
     static_cache: ClassVar[bool] = True
 
+    @abstractmethod
     def config(self) -> Any:
-        raise NotImplementedError
+        """Of the model."""
 
     def make(self, kernel: str = "sdpa", config: Any = None) -> Any:
         torch.manual_seed(0)
         cls = getattr(transformers, self.outer)
         model = cls._from_config(self.config() if config is None else config, attn_implementation=kernel)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        model.generation_config.pad_token_id = PAD_ID
-        model.generation_config.suppress_tokens = SUPPRESS
-        return model.eval()
+        return stirred(model)
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def draw(self, kind: str, variant: str, generator: torch.Generator) -> Media:
         """One image or video."""
-        raise NotImplementedError
 
     def collate(self, media: list[Media], per_row: list[int]) -> dict[str, Tensor]:
         """Tensors of all media of a batch; `per_row` counts images in each row."""

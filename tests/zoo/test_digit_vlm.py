@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,8 @@ def image_model() -> tuple[Any, Any]:
     return zoo.load("digit-vlm")
 
 
-def test_loads_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a bundled model must not open a socket")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
+@pytest.mark.usefixtures("no_sockets")
+def test_loads_without_a_network() -> None:
     for name, kind in (("digit-vlm", "Llava"), ("digit-video-vlm", "LlavaNextVideo")):
         model, processor = zoo.load(name)
         assert type(model).__name__ == f"{kind}ForConditionalGeneration"

@@ -36,6 +36,7 @@ class Decoder:
 
     Attributes:
         module: it. layers: its layers. config: of the text model. family: of the multimodal model around it, or None.
+        mrope: whether positions are places in time and space. deepstack: layers behind which visual features are added.
     """
 
     def __init__(self, module: Any, family: Any = None) -> None:
@@ -50,6 +51,8 @@ class Decoder:
         rotary = inspect.signature(type(module.rotary_emb).forward).parameters
         self.rotary_by_kind = "layer_type" in rotary
         self.mrope = bool(getattr(family, "mrope", False))
+        vision = None if family is None else family.config.vision_config
+        self.deepstack = len(getattr(vision, "deepstack_visual_indexes", ()))
 
     @property
     def info(self) -> DecoderInfo:

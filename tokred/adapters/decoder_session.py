@@ -69,6 +69,7 @@ class Pass:
         taps: what layers that a method asks about worked on. masks, rotary: made once for layers that are alike.
         active: neurons of MLPs. embeds: what entered. deepstack: features that are added behind the first layers.
         cuts: (layer, tokens): in layers before it only these stay in the cache. steps: for the trace.
+        first: in a later pass, the first layer that does not hold the whole prompt.
     """
 
     def __init__(self, start: Present | None, prefill: bool, layered: Layered | None = None) -> None:
@@ -84,6 +85,12 @@ class Pass:
         self.valid: Tensor | None = None
         self.cuts: list[tuple[int, Present]] = []
         self.full = 0
+        self.first = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens that entered are still there (marks may have been written)."""
+        return self.now is None or self.start is None or self.now.columns is self.start.columns
 
 
 class _Thread(threading.local):
@@ -197,7 +204,8 @@ class DecoderSession:
             return
         for index, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(Hook(self, "before_layer", index), with_kwargs=True))
-            self.handles.append(layer.register_forward_hook(Hook(self, "after_layer", index), prepend=True))
+            if self.rules and (index < self.decoder.deepstack or index == max(self.rules) - 1 == self.info.depth - 1):
+                self.handles.append(layer.register_forward_hook(Hook(self, "after_layer", index), prepend=True))
         for index in self.sparse:
             mlp = layers[index].mlp
             down = getattr(mlp, self.decoder.mlp(index).down)
@@ -274,14 +282,9 @@ class DecoderSession:
 
     def _columns(self, frame: Frame, kwargs: Mapping[str, Any]) -> Columns:
         """What is known of the columns that enter the language model."""
-        x = entering(kwargs)
-        batch, length = x.shape[:2]
         new = frame.new
         if new is None:
-            valid = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-            if frame.mask is not None:
-                valid = frame.mask[:, frame.past :].bool().to(x.device)
-            new = Columns.plain(valid)
+            new = Columns.plain(frame.real(entering(kwargs)))
         request = self.front.thread.request
         if request is not None and request.prunable is not None:
             new = self._mark_prunable(request.prunable, frame, new)
@@ -313,8 +316,7 @@ class DecoderSession:
                 positions = torch.arange(length, device=x.device)[None]
             positions = positions.expand(batch, -1)
         columns = torch.arange(length, device=x.device).expand(batch, -1)
-        types = frame.types_out if frame.types_out is not None else frame.types
-        start = Present(columns, new.valid, new.visual, new.media, positions, new.marks, types)
+        start = Present(columns, new.valid, new.visual, new.media, positions, new.marks, frame.types_now)
         running = Pass(start, prefill=True)
         running.full = length
         if any(needs.embeddings for _, needs in self.rules.values()):
@@ -333,6 +335,7 @@ class DecoderSession:
         x = entering(kwargs)
         total = frame.past + x.shape[1]
         running.full = total
+        running.first = next((i for i, state in enumerate(layered.states) if state is not None), len(layered.states))
         mask = frame.mask
         if mask is None and any(s is not None and not s.whole for s in layered.states):
             mask = torch.ones(x.shape[0], total, dtype=torch.long, device=x.device)
@@ -352,7 +355,7 @@ class DecoderSession:
         if cache is not None:
             self._carry(running, cache)
         self._record(running)
-        if running.now is running.start or not self.front.restore_length:
+        if running.whole or not self.front.restore_length:
             return None
         hidden = output[0]
         place = places_of(running.now.columns, running.now.valid, running.full)
@@ -372,7 +375,7 @@ class DecoderSession:
             return self._prefill_layer(running, index, args, kwargs)
         assert running.layered is not None
         state = running.layered.states[index]
-        if state is None and not any(running.layered.states[:index]):
+        if state is None and index < running.first:
             return None  # as the library made it: masks have the size of the first layer of each kind
         hidden, cache = args[0], kwargs.get("past_key_values")
         key = (id(state), self.decoder.kinds[index])
@@ -398,7 +401,7 @@ class DecoderSession:
         now = running.now
         assert now is not None
         running.at[index] = now
-        if now is running.start:
+        if running.whole:
             return None
         return (hidden, *args[1:]), self._fit(running, index, hidden, kwargs)
 
@@ -406,7 +409,7 @@ class DecoderSession:
         """What travels beside the tokens, for those that are present."""
         now = running.now
         assert now is not None
-        key = (id(now), self.decoder.kinds[index])
+        key = (id(now.columns), self.decoder.kinds[index])
         if key not in running.masks:
             valid = None if bool(now.valid.all()) else now.valid
             cache = kwargs.get("past_key_values")
@@ -486,7 +489,7 @@ class DecoderSession:
         stay = now.valid & (answer.keep | ~now.visual)
         merged = hidden if answer.hidden is None else answer.hidden.to(hidden)
         if bool((stay == now.valid).all()) and answer.order is None:
-            running.now = now if answer.marks else running.now
+            running.now = now
             return merged
         index, real = pack(stay, answer.order)
         after = now.take(index, real)
@@ -500,7 +503,7 @@ class DecoderSession:
 
     def _ask_layer(self, running: Pass, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tapped:
         """Queries and keys of a layer that has not run yet, made by its own modules."""
-        if running.now is not running.start:
+        if not running.whole:
             kwargs = self._fit(running, layer, hidden, kwargs)
         block = self.decoder.layers[layer]
         given = {**kwargs, "past_key_values": None, "use_cache": False}
@@ -538,10 +541,7 @@ class DecoderSession:
         if answer is None:
             return
         if answer.marks:
-            running.now = replace(now, marks={**now.marks, **answer.marks})
-            if now is running.start:
-                running.start = running.now
-            running.at[index] = running.now
+            running.now = running.at[index] = replace(now, marks={**now.marks, **answer.marks})
         if answer.active is not None:
             running.active[index] = answer.active
 
@@ -572,7 +572,7 @@ class DecoderSession:
                 stay = None if bool((stay == now.valid).all()) else stay
                 held = held_entries(cache.layers[index], index)
                 stay = None if stay is None else stay[:, stay.shape[1] - held :]
-            key = (id(now), None if stay is None else (stay.shape[1], bytes(stay.cpu().flatten().tolist())))
+            key = (id(now.columns), None if stay is None else (stay.shape[1], bytes(stay.cpu().flatten().tolist())))
             if key not in made:
                 made[key] = self._state(running, now, stay)
             state, taken = made[key]
@@ -632,8 +632,7 @@ class DecoderSession:
             shift = following - here
             shift = shift if bool(shift.any()) else None
         whole = bool(valid.all())
-        whole_prompt = index is None and now.columns.shape == start.columns.shape
-        if whole_prompt and shift is None and bool((valid == start.valid).all()):
+        if index is None and shift is None and now.columns is start.columns:
             return None, None
         return Reduced(mask=valid, full=running.full, shift=shift, whole=whole), index
 

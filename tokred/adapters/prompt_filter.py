@@ -101,7 +101,7 @@ class PromptFilter:
         visual, text = new.visual.sum(1).tolist(), (new.valid & ~new.visual).sum(1).tolist()
         if all(self.method.bypasses(v, t) for v, t in zip(visual, text, strict=True)):
             return new.valid
-        mask = self._mask(frame, kwargs, self._types(frame), new.valid, None)
+        mask = self._mask(frame, kwargs, frame.types_now, new.valid, None)
         given = {**kwargs, "attention_mask": mask, "past_key_values": None, "use_cache": False}
         tapped = ear.hear([self.layer], lambda: self.decoder.module.forward(**given), last_query=True)[self.layer]
         with torch.no_grad():
@@ -130,9 +130,6 @@ class PromptFilter:
 
     # -- what goes on --------------------------------------------------------------------------------------------------
 
-    def _types(self, frame: Frame) -> Tensor | None:
-        return frame.types_out if frame.types_out is not None else frame.types
-
     def _mask(self, frame: Frame, kwargs: Mapping[str, Any], types: Tensor | None, real: Tensor, cache: Any) -> Any:
         x = entering(kwargs)
         return self.front.parts.rebuild_mask(types, real.long(), x if x.dim() == 3 else None, cache)
@@ -148,7 +145,7 @@ class PromptFilter:
             if value is not None:
                 out[name] = ops.gather_tokens(value, index) if value.dim() == 3 else value.gather(1, index)
         out["position_ids"], shift = self._positions(kwargs.get("position_ids"), before, index, real)
-        types = self._types(frame)
+        types = frame.types_now
         if types is not None:
             frame.types_out = types = types[:, -length:].gather(1, index)
             if out.get("token_type_ids") is not None:

@@ -81,6 +81,17 @@ class Frame:
     types_out: Tensor | None = None
     new: Columns | None = None
 
+    @property
+    def types_now(self) -> Tensor | None:
+        """Token types of what enters the language model."""
+        return self.types if self.types_out is None else self.types_out
+
+    def real(self, x: Tensor) -> Tensor:
+        """(B, S) bool: which of the columns that this pass brings, x (B, S) or (B, S, D), are no padding."""
+        if self.mask is None:
+            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return self.mask[:, self.past :].bool().to(x.device)
+
 
 @dataclass
 class Columns:

@@ -182,16 +182,10 @@ class VisualSession(PromptSession):
         """What the columns are where nothing was reduced, for methods inside the language model."""
         if not self.notes_columns:
             return
-        new = Columns.plain(self._real_now(frame, embeds))
+        new = Columns.plain(frame.real(embeds))
         for item in items:
             self._mark(new, item, item.columns.to(embeds.device), item.tokens.to(embeds.device))
         frame.new = new
-
-    def _real_now(self, frame: Frame, embeds: Tensor) -> Tensor:
-        """(B, S) bool: columns of this pass that are no padding."""
-        if frame.mask is None:
-            return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return frame.mask[:, frame.past :].bool().to(embeds.device)
 
     def _mark(self, new: Columns, item: Item, places: Tensor, tokens: Tensor) -> None:
         """Note that at `places` of the item's row stand the tokens numbered `tokens` (-1: none) of the item."""
@@ -291,9 +285,7 @@ class VisualSession(PromptSession):
         """(B, S) bool: real tokens that are not visual."""
         assert frame.columns is not None
         visual = functools.reduce(torch.logical_or, frame.columns.values())
-        if frame.mask is None:
-            return ~visual
-        return ~visual & frame.mask[:, frame.past :].bool().to(visual.device)
+        return ~visual & frame.real(visual)
 
     def _reduce(self, frame: Frame, items: list[Item], answers: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Build the shorter sequence and everything that goes with it."""

@@ -110,6 +110,8 @@ class Patch:
         Args:
             query: the question, a string or one for each sample. frames: the raw frames, uint8 (T, H, W, 3) or a list
                 of them, one for each video. frame_scores: (T,) relevance in [0, 1], or one for each video.
+            prunable: (samples, S) bool, the tokens of each prompt that methods inside a language model may drop; on
+                multimodal models it stands in for the visual tokens.
 
         Raises:
             RequestError (ValueError): nothing or something else was given. MissingSiteError: no method here reads it.
