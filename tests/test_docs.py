@@ -11,7 +11,7 @@ import tokred
 from tokred.core.patch import OPTIONS, patch
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-LIBRARIES = ("timm", "open_clip", "transformers")
+LIBRARIES = ("timm", "open_clip", "transformers", "diffusers")
 
 
 @pytest.mark.skipif(

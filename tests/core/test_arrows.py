@@ -23,6 +23,7 @@ ADAPTER_LIBRARY = {
     "decoder_parts.py": {"transformers"},
     "cache_cuts.py": {"transformers"},
     "logical_cache.py": {"transformers"},
+    "diffusion.py": {"diffusers"},  # inside a function: importing it takes seconds
     "configs.py": {"transformers", "timm"},  # each inside the function that needs it
     "scorers.py": {"open_clip"},  # likewise; models of transformers are given to it as they are
 }
@@ -94,7 +95,7 @@ def test_adapters_import_one_library_and_no_method(path):
     assert libraries(path) <= ADAPTER_LIBRARY.get(path.name, set())
 
 
-@pytest.mark.parametrize("name", ["scorers.py", "configs.py"])
+@pytest.mark.parametrize("name", ["scorers.py", "configs.py", "diffusion.py"])
 def test_files_of_no_one_family_load_no_library(name):
     assert not outer_imports(PACKAGE / "adapters" / name) & LIBRARIES
 

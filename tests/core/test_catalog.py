@@ -24,8 +24,11 @@ def test_every_encoder_method_fits_every_encoder_host():
     families = {record.family for record in tokred.hosts()}
     assert families >= {"timm", "open_clip", "transformers vision"}
     for name in ("tome", "topk", "zero_tprune", "random_tokens"):
-        assert all(compatibility()[name][family] for family in families - {"transformers text"})
+        assert all(compatibility()[name][family] for family in families - {"transformers text", "diffusers"})
         assert not compatibility()[name]["transformers text"]
+        assert not compatibility()[name].get("diffusers")
+    for name in ("tome_sd", "todo"):
+        assert {family for family in families if compatibility()[name][family]} == {"diffusers"} & families
     for name in ("gemfilter", "fastv", "corematching"):
         fitting = {family for family in families if compatibility()[name][family]}
         assert fitting == {"transformers text", "transformers multimodal"}

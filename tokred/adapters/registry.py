@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from tokred.core.errors import UnsupportedModelError
 from tokred.core.host import Host
 
-__all__ = ["HOSTS", "find_host", "host_classes"]
+__all__ = ["HOSTS", "denoiser_of", "find_host", "host_classes"]
 
 #: (library, module, class): a host and the library without which no model of its family can exist
 HOSTS: tuple[tuple[str, str, str], ...] = (
@@ -20,6 +21,7 @@ HOSTS: tuple[tuple[str, str, str], ...] = (
     ("transformers", "tokred.adapters.hf_vlm", "HFVLMHost"),
     ("transformers", "tokred.adapters.hf_vision", "HFVisionHost"),
     ("transformers", "tokred.adapters.hf_llm", "HFLLMHost"),
+    ("diffusers", "tokred.adapters.diffusion", "DiffusersHost"),
 )
 
 
@@ -59,6 +61,27 @@ def find_host(model: nn.Module) -> Host:
             f"({', '.join(path for path, _, _ in found)}); patch one of them"
         )
     raise UnsupportedModelError(_explain(model, list(host_classes())))
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """Return the one part of a diffusion pipeline (an object with named `components`) that a host of denoisers serves.
+
+    Raises:
+        UnsupportedModelError: it has none, or several could be meant.
+    """
+    from tokred.core.patch import unwrap
+
+    serving = [host for host in host_classes(loaded_only=True) if "DiffusionBlock" in host.sites]
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    found = {name: unwrap(part) for name, part in parts.items()}
+    found = {name: part for name, part in found.items() if any(host.matches(part) for host in serving)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    name = type(pipeline).__name__
+    if found:
+        raise UnsupportedModelError(f"{name} has several denoisers; patch one of them: {', '.join(found)}")
+    held = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts.items())
+    raise UnsupportedModelError(f"no part of {name} is a denoiser that a host serves; it holds {held or 'no models'}")
 
 
 def _explain(model: nn.Module, hosts: list[type[Host]]) -> str:

@@ -19,7 +19,7 @@ from tokred.core.errors import (
     UnsupportedModelError,
 )
 from tokred.core.host import Attachment, Host
-from tokred.core.method import Method, resolve
+from tokred.core.method import Method, registered, resolve
 from tokred.core.trace import Trace
 
 __all__ = ["OPTIONS", "Patch", "patch", "unpatch"]
@@ -161,7 +161,8 @@ def patch(model: nn.Module, method: object, **parameters: Any) -> Patch:
     """Reduce the tokens of `model` by `method` in every use from here on.
 
     Args:
-        model: a model that a host serves, or one that holds exactly one such part (`tokred.hosts()` lists them).
+        model: a model that a host serves, or one that holds exactly one such part (`tokred.hosts()` lists them), or a
+            diffusion pipeline, of which the denoiser is meant.
         method: an instance such as ``tokred.ToMe(r=8)``, a name with its parameters as keywords, or a list of methods.
         **parameters: parameters of a method given by name, and options: ``exit="reduced" | "restore"`` (hand reduced
             tokens on, or scatter them back to every position at the end of the encoder; on multimodal models also
@@ -207,7 +208,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: Any) -> Any:
-    """The module behind torch.compile's wrapper and DistributedDataParallel."""
+    """The module behind torch.compile's wrapper and DistributedDataParallel; of a diffusion pipeline its denoiser."""
     while True:
         if type(model).__name__ == "OptimizedModule":  # by name: importing torch._dynamo takes seconds
             # the class swap of the encoder invalidates the guards of what was compiled before
@@ -218,6 +219,10 @@ def unwrap(model: Any) -> Any:
             raise UnsupportedModelError("DataParallel shares one model between threads; patch model.module instead")
         elif isinstance(model, torch.jit.ScriptModule):
             raise UnsupportedModelError("a TorchScript module cannot be patched; patch the Python model")
+        elif not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping):
+            from tokred.adapters.registry import denoiser_of
+
+            model = denoiser_of(model)
         else:
             return model
 
@@ -247,7 +252,8 @@ def check_fit(host: Host, methods: Sequence[Method]) -> None:
             having = [cls.family for cls in host_classes() if missing[0] in cls.sites]
             raise MissingSiteError(
                 f"{type(method).__name__} acts at {missing[0]}, which {host.family} models do not have; "
-                f"hosts that have it: {', '.join(having) or 'none installed'}"
+                f"hosts that have it: {', '.join(having) or 'none installed'}; "
+                f"methods for {host.family} models: {', '.join(_methods_for(host)) or 'none'}"
             )
     for first in methods:
         for second in methods:
@@ -256,6 +262,14 @@ def check_fit(host: Host, methods: Sequence[Method]) -> None:
                     f"{type(first).__name__} and {type(second).__name__} cannot act on one model: "
                     f"{first.conflicts[second.name]}"
                 )
+
+
+def _methods_for(host: Host) -> list[str]:
+    """Class names of the methods that fit a host."""
+    from tokred.core.catalog import compatibility
+
+    known = registered()
+    return [known[name].__name__ for name, fits in compatibility().items() if fits.get(host.family)]
 
 
 def split_options(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -43,6 +43,7 @@ SITES: dict[str, str] = {
     "PrefillLayer": "before a layer of the language model, while it reads the prompt",
     "FeedForward": "the MLP of a layer of the language model: watched in the prefill, made smaller in decoding",
     "CacheAfterPrefill": "the KV cache, once the prompt has gone through all layers",
+    "DiffusionBlock": "around self-attention (also cross-attention and MLP) of a block of a denoiser",
 }
 
 

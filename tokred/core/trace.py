@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from tokred.core.errors import InvalidParameterError
 from tokred.core.sites import MediaLayout
-from tokred.core.tokens import TokenTable
+from tokred.core.tokens import Keep, Merge, TokenTable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LayerStep", "MediaStep", "PromptStep", "Trace", "TraceStep"]
+__all__ = ["DiffusionStep", "LayerStep", "MediaStep", "PromptStep", "Trace", "TraceStep"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +201,60 @@ class LayerStep:
         return {"site": "PrefillLayer", **_step_dict(self)}
 
 
+@dataclass(frozen=True, eq=False)
+class DiffusionStep:
+    """What one block of a denoiser ran on in its last pass; behind it every token was there again.
+
+    Attributes:
+        layer: 0-based. path: of the block in the model. method: by name. grid: (rows, columns) of its tokens.
+        reduced: "tokens" merged, or "keys" alone were fewer. tokens_in, tokens_out: image tokens, or keys of them.
+        origins: (B, tokens_out) int64, the token that each one is or stands for.
+        group: (B, tokens_in) int64, what each token merged into; of keys, -1 where a token was none.
+    """
+
+    layer: int
+    path: str
+    method: str
+    grid: tuple[int, int]
+    reduced: str
+    tokens_in: int
+    tokens_out: int
+    origins: Tensor
+    group: Tensor
+
+    valid: ClassVar[None] = None
+
+    @classmethod
+    def of(cls, layer: int, path: str, method: str, grid: tuple[int, int], change: Keep | Merge) -> DiffusionStep:
+        total = grid[0] * grid[1]
+        if isinstance(change, Merge):
+            kept = change.representative
+            return cls(layer, path, method, grid, "tokens", total, kept.shape[1], kept, change.assignment)
+        kept = change.indices
+        slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        group = kept.new_full((kept.shape[0], total), -1).scatter(1, kept, slots)
+        return cls(layer, path, method, grid, "keys", total, kept.shape[1], kept, group)
+
+    @property
+    def kept(self) -> Tensor:
+        """Alias of `origins`."""
+        return self.origins
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "site": "DiffusionBlock",
+            "layer": self.layer,
+            "path": self.path,
+            "method": self.method,
+            "grid": list(self.grid),
+            "reduced": self.reduced,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "kept": self.origins.tolist(),
+            "group": self.group.tolist(),
+        }
+
+
 def _step_dict(step: PromptStep | LayerStep) -> dict[str, Any]:
     return {
         "method": step.method,
@@ -216,10 +271,12 @@ class Trace:
 
     `len(trace)`, iteration and indexing give a `TraceStep` for each reduction inside a vision encoder, then a
     `MediaStep` for each image or video that was reduced before the language model, then a `PromptStep` and
-    `LayerStep`s for what happened in it; a model that was not run yet, or from which nothing was removed, has none.
+    `LayerStep`s for what happened in it; of a denoiser a `DiffusionStep` for each block that ran on fewer tokens. A
+    model that was not run yet, or from which nothing was removed, has none.
 
     Attributes:
         media: the `MediaStep`s before the language model alone. language: the steps in it.
+        denoiser: the `DiffusionStep`s.
     """
 
     def __init__(
@@ -228,9 +285,11 @@ class Trace:
         prefix: int = 0,
         media: Sequence[MediaStep] = (),
         language: Sequence[PromptStep | LayerStep] = (),
+        denoiser: Sequence[DiffusionStep] = (),
     ) -> None:
         self.media = tuple(media)
         self.language = tuple(language)
+        self.denoiser = tuple(denoiser)
         self.prefix = prefix
         self.total = table.total if table is not None else None
         self.grid = table.grid if table is not None else None
@@ -238,9 +297,9 @@ class Trace:
         self._steps: list[TraceStep] | None = None
 
     @property
-    def steps(self) -> list[TraceStep | MediaStep | PromptStep | LayerStep]:
+    def steps(self) -> list[TraceStep | MediaStep | PromptStep | LayerStep | DiffusionStep]:
         """All reductions, in the order of the data."""
-        return [*self.encoder, *self.media, *self.language]
+        return [*self.encoder, *self.media, *self.language, *self.denoiser]
 
     @property
     def prompt(self) -> list[PromptStep]:
@@ -265,9 +324,9 @@ class Trace:
 
     def __len__(self) -> int:
         encoder = len(self._table.steps) if self._table is not None else 0
-        return encoder + len(self.media) + len(self.language)
+        return encoder + len(self.media) + len(self.language) + len(self.denoiser)
 
-    def __getitem__(self, index: int) -> TraceStep | MediaStep | PromptStep | LayerStep:
+    def __getitem__(self, index: int) -> TraceStep | MediaStep | PromptStep | LayerStep | DiffusionStep:
         return self.steps[index]
 
     @property
@@ -287,6 +346,10 @@ class Trace:
         for step in self.language:
             where = "prompt" if isinstance(step, PromptStep) else f"before layer {step.layer}"
             more.append(f"{where}: {_range(step.tokens_in)} -> {_range(step.tokens_out)} tokens")
+        for (reduced, before, after), steps in Counter(
+            (step.reduced, step.tokens_in, step.tokens_out) for step in self.denoiser
+        ).items():
+            more.append(f"{before} -> {after} {reduced} in {steps} block{'s' if steps > 1 else ''}")
         return f"Trace({'; '.join([*parts, *more])})"
 
     def restore(self, tokens: Tensor, fill: str = "nearest") -> Tensor:
@@ -329,14 +392,16 @@ class Trace:
             ],
             "media": [step.to_dict() for step in self.media],
             "language": [step.to_dict() for step in self.language],
+            "denoiser": [step.to_dict() for step in self.denoiser],
         }
 
     def draw(self, image: object, step: int = -1, sample: int = 0, item: int = 0) -> Image:
         """Draw what was kept of an image or video: dropped patches fade out, merged ones share their mean colour.
 
         After the steps of an encoder comes one for images and videos that were reduced before a language model, then
-        one for each place inside it where visual tokens were dropped. Of an image of one tile all
-        patches are drawn in place; of one cut into tiles the overview and the mosaic, each tile with its number of
+        one for each place inside it where visual tokens were dropped, and one for each block of a denoiser that ran on
+        fewer (the picture is what its latents show). Of an image of one tile all patches are drawn in place; of one cut
+        into tiles the overview and the mosaic, each tile with its number of
         tokens; of a video every frame with its number of tokens and a bar, at the resolution of its tokens where the
         method resized it.
 
@@ -354,23 +419,29 @@ class Trace:
             raise InvalidParameterError("nothing to draw: no forward pass removed a token yet")
         drawn = [step.media for step in self.language if step.media]
         pictures = [self.media, *drawn] if self.media else drawn
-        stages = len(self.encoder) + len(pictures)
+        stages = len(self.encoder) + len(pictures) + len(self.denoiser)
         if stages == 0:
             raise InvalidParameterError("nothing to draw: no image or video lost a token")
         if not -stages <= step < stages:
             raise InvalidParameterError(f"step={step}: there are {stages} to draw, 0 to {stages - 1}")
+        if step % stages >= stages - len(self.denoiser):
+            found = self.denoiser[step % stages - stages]
+            return _draw_group(image, found.group, sample, found.grid)
         if step % stages >= len(self.encoder):
             from tokred.core.draw_media import draw_media
 
             return draw_media(image, _media_of(pictures[step % stages - len(self.encoder)], sample, item))
-        from tokred.core.draw import draw_step
-
         if self.grid is None:
             raise InvalidParameterError("nothing to draw: the tokens of this model form no grid")
-        group = self.encoder[step % stages].group
-        if not -len(group) <= sample < len(group):
-            raise InvalidParameterError(f"sample={sample}: the batch has {len(group)} images")
-        return draw_step(image, group[sample], self.grid)
+        return _draw_group(image, self.encoder[step % stages].group, sample, self.grid)
+
+
+def _draw_group(image: object, group: Tensor, sample: int, grid: tuple[int, int]) -> Image:
+    from tokred.core.draw import draw_step
+
+    if not -len(group) <= sample < len(group):
+        raise InvalidParameterError(f"sample={sample}: the batch has {len(group)} images")
+    return draw_step(image, group[sample], grid)
 
 
 def _media_of(steps: Sequence[MediaStep], sample: int, item: int) -> MediaStep:
