@@ -22,6 +22,8 @@ _METHODS = {
     "TopK": "tokred.vision.topk",
     "ZeroTPrune": "tokred.vision.zero_tprune",
     "RandomTokens": "tokred.vision.random_tokens",
+    "ToMeSD": "tokred.vision.tome_sd",
+    "ToDo": "tokred.vision.todo",
     "HiRED": "tokred.vlm.hired",
     "VisionZip": "tokred.vlm.visionzip",
     "DivPrune": "tokred.vlm.divprune",
@@ -59,12 +61,13 @@ _NAMES = {
     "unpatch": "tokred.core.patch",
 }
 
-_MODULES = ("ops", "vision", "vlm", "zoo", "data")
+_MODULES = ("ops", "vision", "vlm", "generation", "zoo", "data")
 
 __all__ = [*_NAMES, "__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from tokred import data as data
+    from tokred import generation as generation
     from tokred import ops as ops
     from tokred import vision as vision
     from tokred import vlm as vlm
@@ -86,7 +89,9 @@ if TYPE_CHECKING:
     from tokred.core.tokens import Merge as Merge
     from tokred.core.trace import Trace as Trace
     from tokred.vision.random_tokens import RandomTokens as RandomTokens
+    from tokred.vision.todo import ToDo as ToDo
     from tokred.vision.tome import ToMe as ToMe
+    from tokred.vision.tome_sd import ToMeSD as ToMeSD
     from tokred.vision.topk import TopK as TopK
     from tokred.vision.zero_tprune import ZeroTPrune as ZeroTPrune
     from tokred.vlm.cdpruner import CDPruner as CDPruner

@@ -55,9 +55,11 @@ class Case:
 def collect(config: pytest.Config, method: str) -> list[Any]:
     """Parameters for a test of `method`: every case of every golden folder.
 
-    No case at all is a failing parameter; where the folders were given by --golden-dir, a skipped one.
+    No case at all is a failing parameter; where the folders were given by --golden-dir, a skipped one. A manifest that
+    says in `left_out` which cases are too large for its folder may list none: then they are skipped, unless another
+    folder has them.
     """
-    found, problems = [], []
+    found, problems, absent = [], [], {}
     folders = golden_dirs(config)
     for folder in folders:
         label = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else Path(folder.parent.name, folder.name))
@@ -70,11 +72,15 @@ def collect(config: pytest.Config, method: str) -> list[Any]:
             cases = []
             problems.append(f"{path} cannot be read: {error!r}")
         else:
-            problems += [] if cases else [f"{path} lists no case"]
+            left_out = json.loads(path.read_text()).get("left_out", {})
+            absent.update({f"{label}/{name}": f"{label}/{method}: {why}" for name, why in left_out.items()})
+            problems += [] if cases or left_out else [f"{path} lists no case"]
         found += [pytest.param(case, id=f"{label}/{case.name}") for case in cases]
     found += [pytest.param(problem, id=f"unreadable-{n}") for n, problem in enumerate(problems)]
     if found:
         return found
+    if absent:
+        return [pytest.param(why, id=name, marks=pytest.mark.skip(reason=why)) for name, why in absent.items()]
     searched = ", ".join(map(str, folders)) or "no golden folder at all"
     reason = f"no goldens of {method}: looked in {searched}"
     if config.getoption("--golden-dir") is not None:

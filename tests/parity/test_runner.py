@@ -387,6 +387,12 @@ def test_no_goldens_is_a_failure_unless_the_folder_was_given(tmp_path: Path) -> 
         (only,) = collect(config([place.parent.name]), "tome")
         assert problem in only.values[0]
         assert only.marks == ()
+    place = tmp_path / "small" / "tome"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text('{"cases": {}, "left_out": {"big": "too large"}}')
+    (only,) = collect(config(["small"]), "tome")
+    assert [mark.name for mark in only.marks] == ["skip"]
+    assert only.marks[0].kwargs["reason"].endswith("tome: too large")
 
 
 def test_ids_name_folder_and_case(request: pytest.FixtureRequest) -> None:
