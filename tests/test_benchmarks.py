@@ -124,6 +124,37 @@ def test_llm_benchmark_reports_every_promised_number(monkeypatch):
     assert all(row["method"] in table for row in rows)
 
 
+def test_backbone_benchmark_reports_every_promised_number():
+    pytest.importorskip("timm")
+    result = json.loads(run("backbones.py", "--json", "--device", "cpu"))
+    rows = {row["model"]: row for row in result["rows"]}
+    assert list(rows) == ["strip_mlp_tiny", "lookup_vit_tiny 2x2", "dualtoken_vit_tiny", "resnet50", "mobilevit_s"]
+    assert result["matmul_gmacs_per_s"] > 0
+    for row in rows.values():
+        assert row["images_per_s_95"][0] <= row["images_per_s"] <= row["images_per_s_95"][1]
+        assert row["ratio_95"][0] <= row["ratio"] <= row["ratio_95"][1]
+        assert row["gmacs_per_s"] == pytest.approx(row["images_per_s"] * row["gmacs"])
+        assert row["of_matmul"] > 0
+        shares = [found["share"] for found in row["costliest"]]
+        assert len(shares) == 3
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) < 1
+    assert rows["resnet50"]["ratio"] == 1
+    lookup = 16 * 768 * 48 + 48 * 1000  # patches and head; M' = 5 compressed tokens with the class token
+    lookup += (3 * 16 * 5 + 2 * 25) * 48 + (4 * 16 + 15 * 5) * 48**2  # first block
+    lookup += (2 * 16 * 5 + 2 * 25) * 48 + (2 * 16 + 14 * 5) * 48**2  # last block, without infusion
+    assert rows["lookup_vit_tiny 2x2"]["gmacs"] * 1e9 == pytest.approx(lookup)
+
+
+def test_backbone_benchmark_prints_tables_of_chosen_models():
+    pytest.importorskip("timm")
+    table = run("backbones.py", "--device", "cpu", "--channels-last", "--models", "dualtoken_vit_tiny")
+    assert "a dry run on tiny sizes" in table
+    assert "float32, channels last, 2 rounds" in table
+    assert table.count("dualtoken_vit_tiny ") == table.count("resnet50 ") == 2
+    assert "depthwise convolution 3x3" in table
+
+
 def test_median_interval():
     spec = importlib.util.spec_from_file_location("benchmark_vit", ROOT / "benchmarks" / "vit.py")
     module = importlib.util.module_from_spec(spec)

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT
-from tokred.core.errors import InvalidParameterError
+from tokred.core.errors import InvalidParameterError, MissingWeightsError
+from tokred.vision.backbones import strip_mlp
 from tokred.vision.backbones.strip_mlp import (
     GRN,
-    MissingWeightsError,
     RelativePosition,
     StripMixing,
     StripMLP,
@@ -563,6 +563,21 @@ def test_drop_path_is_the_same_everywhere():
     model = make(drop_path_rate=0.3, drop_rate=0.2)
     assert model.blocks4[0].drop_path.drop_prob == 0.3
     assert model.head_drop.p == 0.2
+
+
+@pytest.mark.parametrize("options", [{}, {"window_size": "train"}], ids=["fixed", "windowed"])
+def test_layout_of_other_devices_is_the_same_network(monkeypatch, options):
+    """On the CPU maps lie channels last; elsewhere they keep the layout that they come in."""
+    found, model = [], small(**options).double()
+    x = torch.randn(2, 3, 96 if options else 64, 64, dtype=torch.float64)
+    for last in (True, False):
+        monkeypatch.setattr(strip_mlp, "_channels_last", lambda _, last=last: last)
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        found.append([y, *(p.grad.clone() for p in model.parameters())])
+    for cpu, other in zip(*found, strict=True):
+        torch.testing.assert_close(cpu, other, rtol=1e-9, atol=1e-10)
 
 
 def test_memory_format_and_dtype():

@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokred.core.errors import InvalidParameterError, TokredError
+from tokred.core.errors import InvalidParameterError, TokredError, UnsafeCheckpointError
 from tokred.vision.backbones.strip_mlp import StripMLP
 from tokred.vision.backbones.strip_mlp_checkpoint import (
     CONTAINERS,
     DTYPES,
-    UnsafeCheckpointError,
     _Unpickler,
     load_strip_mlp_checkpoint,
     main,

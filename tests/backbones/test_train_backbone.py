@@ -23,7 +23,8 @@ from tokred.core.flops import flops
 from tokred.vision.backbones import compare as compare_backbones
 from tokred.vision.backbones import train as train_backbone
 from tokred.vision.backbones.lookup_vit import MultiResSampler
-from tokred.vision.backbones.train import IMAGENET, SMALL, Recipe, Run, Scenes, default_recipe, load_trained, train
+from tokred.vision.backbones.train import IMAGENET, SMALL, Recipe, Run, Scenes, default_recipe, train
+from tokred.vision.backbones.trained import load_trained
 from tokred.zoo.digit_vit import build_digit_vit
 
 #: Models that take milliseconds: depth of one block, few channels.

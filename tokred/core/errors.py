@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Iterable
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LayerError",
     "LayoutError",
     "MissingSiteError",
+    "MissingWeightsError",
     "NoClassTokenError",
     "PaddingError",
     "PreEncodedError",
@@ -23,6 +25,7 @@ __all__ = [
     "TokredError",
     "UnknownMethodError",
     "UnknownParameterError",
+    "UnsafeCheckpointError",
     "UnsupportedGenerationError",
     "UnsupportedModelError",
     "nearest",
@@ -103,6 +106,14 @@ class UnsupportedGenerationError(TokredError, NotImplementedError):
 
 class ScorerError(TokredError, ValueError):
     """A frame scorer cannot be built or called, or what it returned are no scores."""
+
+
+class MissingWeightsError(TokredError, RuntimeError):
+    """Pretrained weights were asked for that nobody can download automatically, or that this installation lacks."""
+
+
+class UnsafeCheckpointError(TokredError, pickle.UnpicklingError, ValueError):
+    """A file asks for more than weights need; nothing of it was executed."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

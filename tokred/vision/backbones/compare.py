@@ -1,13 +1,14 @@
 """Compare backbones trained on the bundled scenes with the bundled ViT, plain and patched, at equal GMACs.
 
+    python -m tokred.vision.backbones.compare                          # the bundled backbones
     python -m tokred.vision.backbones.compare runs/strip_mlp runs/lookup_vit runs/dualtoken_vit --out backbones.json
 
-Each argument is the folder of a run of `tokred.vision.backbones.train`; a LookupViT has one row for each grid that it
-was trained at. Below every such row stand the bundled digit-scene ViT's patched forms whose multiply-adds come nearest
-to it. All rows see the same held-out scenes: beside the accuracy and its standard error over scenes stands the paired
-difference to the unpatched ViT. Images/s is a median over rounds; in each, every row is timed beside the unpatched ViT
-on the same batch, and the speed-up is the median of the ratios. One seed of training says nothing about the spread over
-seeds: give the folders of several.
+Each argument is the folder of a run of `tokred.vision.backbones.train`, by default those that ship with tokred; a
+LookupViT has one row for each grid that it was trained at. Below every such row stand the bundled digit-scene ViT's
+patched forms whose multiply-adds come nearest to it. All rows see the same held-out scenes: beside the accuracy and its
+standard error over scenes stands the paired difference to the unpatched ViT. Images/s is a median over rounds; in each,
+every row is timed beside the unpatched ViT on the same batch, and the speed-up is the median of the ratios. One seed of
+training says nothing about the spread over seeds: give the folders of several.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from tokred.eval.cost import MATCHED, match_cost
 from tokred.eval.report import dumps, percent, signed, table
 from tokred.eval.speed import pairs, ratio
 from tokred.eval.vision import Pass, mean, measure, paired
-from tokred.vision.backbones.train import grid_name, load_trained, parse_grids
+from tokred.vision.backbones.trained import grid_name, load_trained, parse_grids
+from tokred.zoo.digit_backbones import FOLDER as BUNDLED
+from tokred.zoo.digit_backbones import bundled_runs
 from tokred.zoo.digit_vit import digit_vit
 
 __all__ = ["compare", "macs", "show"]
@@ -183,14 +186,15 @@ def _trained(folder: Path, grids: Sequence[tuple[int, int]] | None) -> list[_Row
     run = record["run"]
     if run["data"] != "scenes":
         raise InvalidParameterError(f"{folder} was trained on {run['data']}: only runs on scenes can be compared here")
+    source = f"bundled {folder.name}" if folder.parent == BUNDLED else str(folder)  # no path of this machine
     label, trained = f"{run['model']} seed {run['seed']}", run["recipe"]["grids"]
     if not trained:
-        return [_Row(label, "", model, macs(model) / 1e9, source=str(folder))]
+        return [_Row(label, "", model, macs(model) / 1e9, source=source)]
     rows = []
     for height, width in grids or trained:
         model.set_compressed_grid((height, width))  # type: ignore[operator]
         name = f"grid {grid_name((height, width))}"
-        rows.append(_Row(label, name, model, macs(model) / 1e9, grid=(height, width), source=str(folder)))
+        rows.append(_Row(label, name, model, macs(model) / 1e9, grid=(height, width), source=source))
     return rows
 
 
@@ -265,7 +269,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prog="python -m tokred.vision.backbones.compare", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="RUN", help="folder of a run of tokred.vision.backbones.train"
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run of tokred.vision.backbones.train; default: the bundled backbones",
     )
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--split", default="test", help="test or val")
@@ -280,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     try:
         results = compare(
-            args.folders,
+            args.folders or bundled_runs(),
             scenes=args.scenes,
             split=args.split,
             seed=args.seed,

@@ -11,6 +11,7 @@ grid, M' = P + M compressed tokens, D channels, h heads of d channels.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "LookupBlock",
     "LookupGather",
     "LookupInfusion",
+    "check_compresses",
     "check_grid",
     "gather_weights",
     "infusion_weights",
@@ -53,6 +55,20 @@ def check_grid(field: str, grid: object, axes: int = 2) -> tuple[int, ...]:
     if not fits or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):  # type: ignore[attr-defined]
         raise InvalidParameterError(f"{field}={grid!r}: expected {axes} integers >= 1, or one that stands for all")
     return tuple(sides)  # type: ignore[arg-type]
+
+
+def check_compresses(field: str, grid: Sequence[int], tokens: int) -> None:
+    """A compressed grid has no more cells than there are lookup tokens.
+
+    Raises:
+        InvalidParameterError: it has more.
+    """
+    if math.prod(grid) > tokens:
+        sides = " x ".join(map(str, grid))
+        raise InvalidParameterError(
+            f"{field}={tuple(grid)}: a grid of {sides} has more tokens than the {tokens} of the lookup grid, so "
+            "nothing is compressed and the model costs more than a plain ViT; give a smaller grid"
+        )
 
 
 def resize_tokens(

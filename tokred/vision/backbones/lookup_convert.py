@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tokred.core.budget import check_choice
 from tokred.core.errors import AlreadyPatchedError, CompiledModelError, UnsupportedModelError
-from tokred.vision.backbones.lookup_block import RESIZE, WEIGHT_INIT, check_grid, lookup_blocks
+from tokred.vision.backbones.lookup_block import RESIZE, WEIGHT_INIT, check_compresses, check_grid, lookup_blocks
 from tokred.vision.backbones.lookup_vit import LookupForward
 
 __all__ = ["remove_lookup_vit", "to_lookup_vit"]
@@ -61,8 +61,9 @@ def to_lookup_vit(
     """
     check_choice("init", init, WEIGHT_INIT)
     check_choice("compressed_init", compressed_init, RESIZE)
-    check_grid("grid", grid)
+    small = check_grid("grid", grid)
     _check_model(model)
+    check_compresses("grid", small, model.patch_embed.num_patches)
     blocks = lookup_blocks(
         model.blocks,
         final_infusion,
@@ -80,7 +81,7 @@ def to_lookup_vit(
     host: Any = type(model)
     model.__class__ = _lookup_class(host)
     model.compressed_init, model.antialias = compressed_init, antialias
-    model.set_compressed_grid(grid)
+    model.set_compressed_grid((small[0], small[1]))
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokred.core.budget import check_choice, check_count
 from tokred.core.errors import InvalidParameterError
-from tokred.vision.backbones.lookup_block import check_grid, lookup_blocks, lookup_blocks_macs
+from tokred.vision.backbones.lookup_block import check_compresses, check_grid, lookup_blocks, lookup_blocks_macs
 
 __all__ = ["LookupViViT", "VideoLookupEmbed", "resize_video_tokens"]
 
@@ -87,7 +87,8 @@ class LookupViViT(nn.Module):
 
     Args:
         video_size, tubelet, in_chans, antialias: see `VideoLookupEmbed`.
-        compressed_grid: (t', h', w'); None is (t, 5, 5), the temporal length of the lookup grid.
+        compressed_grid: (t', h', w'); None is (t, 5, 5), the temporal length of the lookup grid, with 5 at most its
+            other sides.
         embed_dim, depth, num_heads, mlp_ratio, drop_path_rate: of timm's blocks.
         global_pool: "token" reads the class token, "avg" the mean compressed token (then without a class token).
         final_infusion: whether the last block refreshes the lookup tokens, which the head does not read.
@@ -135,11 +136,18 @@ class LookupViViT(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.blocks.apply(init_weights_vit_timm)
         self.head.apply(init_weights_vit_timm)
-        self.set_compressed_grid((self.embed.grid[0], 5, 5) if compressed_grid is None else compressed_grid)
+        time, height, width = self.embed.grid
+        self.set_compressed_grid((time, min(5, height), min(5, width)) if compressed_grid is None else compressed_grid)
 
     def set_compressed_grid(self, grid: tuple[int, int, int]) -> None:
-        """Choose the compressed grid (t', h', w'); no parameter changes."""
-        self.compressed_grid = check_grid("compressed_grid", grid, 3)
+        """Choose the compressed grid (t', h', w'); no parameter changes.
+
+        Raises:
+            InvalidParameterError: a side is no integer >= 1, or the grid has more tokens than the lookup grid.
+        """
+        small = check_grid("compressed_grid", grid, 3)
+        check_compresses("compressed_grid", small, math.prod(self.embed.grid))
+        self.compressed_grid = small
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass, or not."""

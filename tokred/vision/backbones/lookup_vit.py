@@ -7,7 +7,6 @@ The blocks, and what is known of the paper, are in `lookup_block.py`; timm's own
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +22,7 @@ from tokred.core.budget import check_choice, check_count
 from tokred.core.errors import InvalidParameterError
 from tokred.vision.backbones.lookup_block import (
     RESIZE,
+    check_compresses,
     check_grid,
     lookup_blocks,
     lookup_blocks_macs,
@@ -67,22 +67,18 @@ class LookupForward:
     attn_pool: Any
     head: Any
 
-    def set_compressed_grid(self, grid: int | tuple[int, int]) -> None:
+    def set_compressed_grid(self, grid: int | tuple[int, int], allow_larger: bool = False) -> None:
         """Choose the compressed grid, (h, w) or m for (m, m); no parameter changes. A compiled model compiles again.
 
-        Warns where the grid has more tokens than the lookup grid, which costs more than the plain ViT.
+        Args:
+            allow_larger: take a grid of more tokens than the lookup grid has, which costs more than the plain ViT.
 
         Raises:
-            InvalidParameterError: a side is no integer >= 1.
+            InvalidParameterError: a side is no integer >= 1, or the grid has more tokens than the lookup grid.
         """
         height, width = check_grid("compressed_grid", grid)
-        tokens = self.patch_embed.num_patches
-        if tokens is not None and height * width > tokens:
-            warnings.warn(
-                f"a compressed grid of {height} x {width} has more tokens than the {tokens} of the lookup grid: "
-                "nothing is compressed, and the model costs more than a plain ViT",
-                stacklevel=2,
-            )
+        if not allow_larger:
+            check_compresses("compressed_grid", (height, width), self.patch_embed.num_patches)
         self.compressed_grid = (height, width)
 
     def init_new_weights(self, init: str = "zero") -> None:
@@ -264,7 +260,7 @@ class LookupViT(LookupForward, VisionTransformer):
     Args:
         img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio: of the host; `vit` takes whatever else timm's
             `VisionTransformer` does (num_classes, in_chans, reg_tokens, init_values, drop_path_rate, ...).
-        compressed_grid: (h_p, w_p), or m for (m, m).
+        compressed_grid: (h_p, w_p), or m for (m, m); None is (5, 5), on smaller lookup grids their own sides.
         lookup_mlp_div: q, the hidden width of the lookup MLP being int(D / q).
         reuse, infuse_prefix, query_scale: see `LookupBlock`. qk_norm: of the gathering; attn_qk_norm: of the
             host's attention.
@@ -290,7 +286,7 @@ class LookupViT(LookupForward, VisionTransformer):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         *,
-        compressed_grid: int | tuple[int, int] = (5, 5),
+        compressed_grid: int | tuple[int, int] | None = None,
         lookup_mlp_div: float = 2.0,
         reuse: str = "transpose",
         init: str = "bilinear",
@@ -310,6 +306,9 @@ class LookupViT(LookupForward, VisionTransformer):
         check_choice("init", init, RESIZE)
         check_choice("compressed_pos", compressed_pos, ("resize", "learned"))
         _check_sizes(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, vit.get("dynamic_img_pad", False))
+        if compressed_grid is None:
+            sides = zip(check_grid("img_size", img_size), check_grid("patch_size", patch_size), strict=True)
+            compressed_grid = tuple(min(5, side // patch) for side, patch in sides)  # type: ignore[assignment]
         small = check_grid("compressed_grid", compressed_grid)
         if global_pool == "token" and not vit.get("class_token", True):
             raise InvalidParameterError("global_pool='token' without a class token: expected global_pool='avg'")

@@ -2,7 +2,8 @@
 
 Importing this module registers ``strip_mlp_tiny_light``, ``strip_mlp_tiny``, ``strip_mlp_small`` and
 ``strip_mlp_base`` with timm. Names of modules are those of the released code, so its files load as they are; where the
-paper and that code could differ, the code is followed. Maps are NCHW throughout.
+paper and that code could differ, the code is followed. Maps have the shape NCHW throughout;
+on the CPU they lie channels last in memory.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokred.core.errors import InvalidParameterError, TokredError
+from tokred.core.errors import InvalidParameterError, MissingWeightsError
 
 __all__ = [
-    "MissingWeightsError",
     "StripMLP",
     "axis_windows",
     "checkpoint_filter_fn",
@@ -42,8 +42,9 @@ REDUCTION = 32  # of the last stage; each stage's side must be whole
 POOLS = ("", "avg", "max", "avgmax")
 
 
-class MissingWeightsError(TokredError, RuntimeError):
-    """Pretrained weights were asked for that nobody can download automatically."""
+def _channels_last(x: Tensor) -> bool:
+    """Whether maps are kept channels last: on the CPU, where that is faster; elsewhere as they come."""
+    return x.device.type == "cpu"
 
 
 # -- token mixing ----------------------------------------------------------------------------------------------------
@@ -84,6 +85,8 @@ class RelativePosition(nn.Module):
         """(channels, R, R): entry (i, j) is row ``j - i + R`` of the table; its first and last row are never read."""
         # Row i reads R neighbouring table rows, from R - i on: views of the table, and no index tensor to keep.
         rows = self.embeddings_table.unfold(0, self.side, 1)[1 : self.side + 1]  # (start, channels, j)
+        if _channels_last(rows):  # as the maps that this is added to
+            return rows.transpose(1, 2).flip(0).permute(2, 0, 1)
         return rows.flip(0).transpose(0, 1)
 
 
@@ -137,18 +140,30 @@ class StripMixing(nn.Module):
 
     def strips(self, x: Tensor) -> Tensor:
         """Both strip steps on a map (B, C/2, R, R), up to the column projection."""
-        batch, half, side, _ = x.shape
-        grouped = (batch, self.groups, self.group_size, side, side)
-        laid_out = (batch, self.group_size * side, self.groups, side)
+        sides = (self.group_size, self.side)
         # Channel p * Cg + c holds weights of c alone. Input channels of the convolution are (c, position in the
         # strip); its rows are the groups p, and its columns the neighbouring strips, three of which are mixed.
-        v = (x + self.relate_pos_h()).reshape(grouped).permute(0, 2, 4, 1, 3).reshape(laid_out)
-        y = self.proj_h(v).reshape(batch, self.group_size, side, self.groups, side)
-        y = y.permute(0, 3, 1, 4, 2).reshape(batch, half, side, side)
+        v = self.laid_out(self.grouped(x + self.relate_pos_h()).permute(0, 4, 2, 3, 1))
+        y = self.laid_back(self.proj_h(v).unflatten(1, sides).permute(0, 4, 2, 3, 1))
         z = F.gelu(self.BN(self.fuse_h(torch.cat([y, x], dim=1)))) + self.relate_pos_w()
-        z = z.reshape(grouped).permute(0, 2, 3, 1, 4).reshape(laid_out)
-        y = self.proj_w(z).reshape(batch, self.group_size, side, self.groups, side)
-        return y.permute(0, 3, 1, 2, 4).reshape(batch, half, side, side)
+        v = self.laid_out(self.grouped(z).permute(0, 4, 1, 3, 2))
+        return self.laid_back(self.proj_w(v).unflatten(1, sides).permute(0, 2, 4, 3, 1))
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """A map (B, C/2, H, W) as (B, H, W, G, Cg)."""
+        return x.permute(0, 2, 3, 1).unflatten(3, (self.groups, self.group_size))
+
+    def laid_out(self, strips: Tensor) -> Tensor:
+        """(B, Cg, position in the strip, G, strip) as the input (B, Cg * R, G, R) of a convolution."""
+        if _channels_last(strips):
+            return strips.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2)
+        return strips.flatten(1, 2)
+
+    def laid_back(self, x: Tensor) -> Tensor:
+        """(B, H, W, G, Cg) as a map (B, C/2, H, W)."""
+        if _channels_last(x):
+            return x.flatten(3).permute(0, 3, 1, 2)
+        return x.permute(0, 3, 4, 1, 2).flatten(1, 2)
 
     def windows(self, x: Tensor) -> Tensor:
         """`strips` on a map of any size (B, C/2, H, W), window by window."""
@@ -166,9 +181,10 @@ class StripMixing(nn.Module):
     def local(self, x: Tensor) -> Tensor:
         """LSMM on (B, C/2, H, W): three branches, weighted for each channel by what the whole map looks like."""
         xw, xh = self.fc_h(x), self.fc_w(x)
-        pooled = (xh + xw + x).mean(dim=(2, 3), keepdim=True)
-        a = self.reweight(pooled).reshape(x.shape[0], x.shape[1], 3, 1, 1).softmax(dim=2)
-        return xh * a[:, :, 0] + xw * a[:, :, 1] + x * a[:, :, 2]
+        ph, pw, px = (branch.mean(dim=(2, 3), keepdim=True) for branch in (xh, xw, x))
+        a = self.reweight(ph + pw + px).unflatten(1, (-1, 3)).softmax(dim=2)  # (B, C/2, 3, 1, 1)
+        ah, aw, ax = a.transpose(1, 2).contiguous().unbind(1)
+        return torch.addcmul(torch.addcmul(x * ax, xw, aw), xh, ah)
 
 
 def axis_windows(length: int, side: int) -> tuple[int, ...]:
@@ -442,6 +458,8 @@ class StripMLP(nn.Module):
     def _stages(self, x: Tensor, count: int) -> list[Tensor]:
         """Maps after the first `count` stages."""
         self._check_image(x)
+        if _channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         maps = [self._blocks(self.blocks1, self.patch_embed(x))]
         if count > 1:
             m1 = self.merging1(maps[0])

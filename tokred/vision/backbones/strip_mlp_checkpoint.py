@@ -28,13 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokred.core.errors import InvalidParameterError, TokredError
+from tokred.core.errors import InvalidParameterError, TokredError, UnsafeCheckpointError
 
-__all__ = ["UnsafeCheckpointError", "clean_state_dict", "load_strip_mlp_checkpoint", "main"]
-
-
-class UnsafeCheckpointError(TokredError, pickle.UnpicklingError, ValueError):
-    """A checkpoint names something that weights do not need: it was not executed, and nothing was loaded."""
+__all__ = ["clean_state_dict", "load_strip_mlp_checkpoint", "main"]
 
 
 DTYPES = {
