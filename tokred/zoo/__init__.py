@@ -6,14 +6,17 @@
     model, processor = tokred.zoo.load("digit-vlm")          # a LLaVA; "digit-video-vlm": LLaVA-NeXT-Video
     model, preprocess, tokenizer = tokred.zoo.load("digit-clip")  # an open_clip CLIP
     model, tokenizer = tokred.zoo.load("needle-llm")         # a Llama
+    model = tokred.zoo.load("digit-lookup-vit")              # "digit-strip-mlp", "digit-dualtoken-vit": backbones
     tokred.zoo.card("digit-vit")["accuracy"]                 # how it was made and what it scores
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from tokred.zoo.digit_backbones import BACKBONES, digit_backbone, digit_backbone_card
 from tokred.zoo.digit_clip import digit_clip, digit_clip_card
 from tokred.zoo.digit_vit import DATA_CONFIG as DIGIT_VIT_DATA_CONFIG
 from tokred.zoo.digit_vit import digit_vit, digit_vit_card
@@ -26,12 +29,14 @@ _MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "digit-vit": (digit_vit, digit_vit_card),
     "digit-vlm": (digit_vlm, digit_vlm_card),
     "needle-llm": (needle_llm, needle_llm_card),
+    **{name: (partial(digit_backbone, name), partial(digit_backbone_card, name)) for name in BACKBONES},
 }
 
 __all__ = [
     "DIGIT_VIT_DATA_CONFIG",
     "answer_text",
     "card",
+    "digit_backbone",
     "digit_clip",
     "digit_video_vlm",
     "digit_vit",
@@ -59,7 +64,7 @@ def load(name: str) -> Any:
 
     Returns what the function of that name returns: ``"digit-vit"`` the model; ``"digit-vlm"`` and
     ``"digit-video-vlm"`` (two forms of the same weights) the model and its processor; ``"digit-clip"`` the model, its
-    image transform and its tokenizer; ``"needle-llm"`` the model and its tokenizer.
+    image transform and its tokenizer; ``"needle-llm"`` the model and its tokenizer; the backbones the model.
     """
     return _entry(name)[0]()
 
