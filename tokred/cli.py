@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(commands, common)
     _add_inspect(commands, common)
     _add_flops(commands, common)
+    _add_encode(commands, common)
+    _add_decode(commands, common)
+    _add_eval(commands, common)
     return root
 
 
@@ -425,6 +428,167 @@ def _flops(given: argparse.Namespace) -> None:
     require("timm", "timm", what=f"the architecture {given.model!r}")
     rows = flops_rows(given.model, given.size, methods)
     print(dumps(rows) if given.json else flops_table(given.model, rows))
+
+
+# -- encode, decode ----------------------------------------------------------------------------------------------------
+
+_MODEL = "flextok or textok, the bundled ones, or the folder of a saved FlexTok or TexTok"
+
+
+def _add_encode(commands: Any, common: argparse.ArgumentParser) -> None:
+    made = _add(
+        commands,
+        common,
+        "encode",
+        _encode,
+        "a picture as a token file",
+        """
+        Write the tokens of a picture: ids (FlexTok), or numbers and the caption that decodes them (TexTok). The picture
+        is scaled and cut to the tokenizer's square. Then say what the tokens give back, and how many bytes JPEG and
+        WebP need for a picture as near to it (PSNR).
+
+          tokred encode card.png -o card.ftk --num-tokens 8
+          tokred encode card.png -o card.safetensors --model textok --caption "a red seven on dark blue , left"
+        """,
+    )
+    made.add_argument("image", metavar="IMAGE", help="a path, or: demo (a held-out card)")
+    made.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the token file")
+    made.add_argument("--model", default="flextok", help=f"{_MODEL} (default: %(default)s)")
+    made.add_argument("--num-tokens", type=int, metavar="K", help="so many first tokens (FlexTok; default: all)")
+    made.add_argument("--caption", metavar="TEXT", help="what is to be seen (TexTok)")
+    made.add_argument("--seed", type=int, default=0, help="of the noise of what is compared (default: %(default)s)")
+    made.add_argument("--no-compare", action="store_true", help="write the file and compare nothing")
+
+
+def _encode(given: argparse.Namespace) -> None:
+    from tokred.eval.report import dumps
+    from tokred.eval.token_files import encode_file, open_picture, told
+
+    image = open_picture(given.image)
+    found = encode_file(
+        image, given.out, given.model, given.num_tokens, given.caption, not given.no_compare, given.seed
+    )
+    print(dumps(found) if given.json else told(found))
+
+
+def _add_decode(commands: Any, common: argparse.ArgumentParser) -> None:
+    made = _add(
+        commands,
+        common,
+        "decode",
+        _decode,
+        "the picture of a token file",
+        """
+        Write the picture of a token file. A file is decoded by the model that made it alone.
+
+          tokred decode card.ftk -o again.png --num-tokens 2
+        """,
+    )
+    made.add_argument("file", type=Path, metavar="FILE", help="what tokred encode wrote")
+    made.add_argument("-o", "--out", type=Path, required=True, metavar="IMAGE", help="the picture; its ending counts")
+    made.add_argument("--model", help=f"{_MODEL} (default: the bundled one of the file's kind)")
+    made.add_argument("--num-tokens", type=int, metavar="K", help="use so many first tokens (FlexTok; default: all)")
+    made.add_argument("--steps", type=int, help="of the decoder (FlexTok; default: 25)")
+    made.add_argument("--guidance", type=float, metavar="G", help="of the decoder (FlexTok; default: 1, none)")
+    made.add_argument("--seed", type=int, help="of the decoder's noise (FlexTok; default: 0)")
+    made.add_argument("--allow-truncated", action="store_true", help="read what is left of a file that was cut short")
+
+
+def _decode(given: argparse.Namespace) -> None:
+    from tokred.eval.report import dumps
+    from tokred.eval.token_files import decode_file
+
+    found = decode_file(
+        given.file,
+        given.out,
+        given.model,
+        given.steps,
+        given.guidance,
+        given.seed,
+        given.num_tokens,
+        given.allow_truncated,
+    )
+    if given.json:
+        print(dumps(found))
+        return
+    caption = "" if found["caption"] is None else f", {found['caption']!r}"
+    cut = ", of a file that was cut short" if found["truncated"] else ""
+    tokens = f"{found['tokens']} token" + "s" * (found["tokens"] > 1)
+    print(f"{tokens}{cut}{caption}\nwritten: {found['file']}")
+
+
+# -- eval --------------------------------------------------------------------------------------------------------------
+
+
+def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
+    tasks = commands.add_parser("eval", help="quality of a model of yours: reconstruct").add_subparsers(
+        dest="what", metavar="TASK", required=True
+    )
+    made = _add(
+        tasks,
+        common,
+        "reconstruct",
+        _reconstruct,
+        "PSNR, SSIM and rFID of an image tokenizer",
+        """
+        Give held-out pictures back from their tokens: PSNR and SSIM with standard errors, rFID with --features; of a
+        FlexTok for 1, 2, 4 ... tokens, of a TexTok with the right caption, another's, and none. Prints a table (or
+        --json) beside what the papers say, and writes pictures and results.json to --out.
+        """,
+    )
+    made.set_defaults(command="eval reconstruct")
+    made.add_argument("--model", default="flextok", help=f"{_MODEL} (default: %(default)s)")
+    made.add_argument(
+        "--data",
+        default="cards",
+        help="cards (the test split), or a folder of pictures, perhaps with captions.jsonl; the last --count of a "
+        "fixed order are taken, those that a recipe with held_out: COUNT does not train on (default: %(default)s)",
+    )
+    made.add_argument("--count", type=int, default=256, metavar="N", help="pictures (default: %(default)s)")
+    made.add_argument("--batch", type=int, default=32, metavar="N", help="pictures at once (default: %(default)s)")
+    made.add_argument("--num-tokens", type=_numbers, metavar="K,L", help="FlexTok (default: 1, 2, 4 ... all)")
+    made.add_argument("--steps", type=int, default=25, help="of FlexTok's decoder (default: %(default)s)")
+    made.add_argument(
+        "--guidance", type=float, default=1.0, metavar="G", help="of FlexTok's decoder (default: %(default)s, none)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of its noise (default: %(default)s)")
+    made.add_argument(
+        "--features", type=Path, metavar="DIR", help="rFID: folder of a timm model, such as a saved inception_v3"
+    )
+    made.add_argument("--out", type=Path, default=Path("outputs/eval-reconstruct"), metavar="DIR")
+
+
+def _reconstruct(given: argparse.Namespace) -> None:
+    from tokred.core.errors import InvalidParameterError
+    from tokred.eval.bench import Progress
+    from tokred.eval.reconstruction import run, show
+    from tokred.eval.report import dumps
+
+    for number in given.num_tokens or ():
+        if number != int(number):
+            raise InvalidParameterError(f"--num-tokens {number:g}: expected whole numbers")
+    counts = [int(number) for number in given.num_tokens] if given.num_tokens else None
+    with Progress() as progress:
+        results = run(
+            given.model,
+            given.data,
+            given.count,
+            given.batch,
+            counts,
+            given.steps,
+            given.guidance,
+            given.seed,
+            given.features,
+            given.out,
+            progress,
+        )
+    if given.json:
+        print(dumps(results))
+        return
+    print(show(results))
+    print(f"\n{results['seconds']:.0f} s. Written:")
+    for path in results["files"].values():
+        print(f"  {path}")
 
 
 if __name__ == "__main__":

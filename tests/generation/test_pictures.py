@@ -108,12 +108,23 @@ def test_folders_with_captions(tmp_path):
     batch = next(pictures.train(4))
     assert batch.labels is None
     assert batch.captions == [f"shade {shade}" for shade in shades(batch)]
+    with pytest.raises(InvalidParameterError, match="none to train on"):
+        next(FolderPictures(tmp_path, 16, held_out=4).train(1))
     (tmp_path / "captions.jsonl").write_text('{"image": "none.png", "caption": "a"}\n')
     with pytest.raises(InvalidParameterError, match=r"none\.png"):
         FolderPictures(tmp_path, 16)
     (tmp_path / "captions.jsonl").write_text("a cat\n")
     with pytest.raises(InvalidParameterError, match="line 1"):
         FolderPictures(tmp_path, 16)
+
+
+def test_classes_and_captions_go_together(tmp_path):
+    for name in ("ant", "cat"):
+        picture(tmp_path / name / "0.png", 0)
+    rows = [json.dumps({"image": f"{name}/0.png", "caption": f"one {name}"}) for name in ("ant", "cat")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
+    batch = next(FolderPictures(tmp_path, 16).train(2))
+    assert batch.captions == [f"one {('ant', 'cat')[label]}" for label in batch.labels.tolist()]
 
 
 def test_folders_that_cannot_be_read(tmp_path):

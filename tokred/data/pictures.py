@@ -59,7 +59,7 @@ class Pictures(Protocol):
 class CardPictures:
     """The bundled cards, drawn anew for each (seed, step, process)."""
 
-    classes = DIGIT_WORDS
+    classes: tuple[str, ...] = DIGIT_WORDS
 
     def __init__(
         self, seed: int = 0, split: str = "val", held_out_seed: int = 1, style: CardStyle | None = None
@@ -101,13 +101,13 @@ class FolderPictures:
             missing = [str(p) for p in files if not p.is_file()]
             if missing:
                 raise InvalidParameterError(f"captions.jsonl names {len(missing)} missing files, such as {missing[0]}")
-        if not 0 <= held_out < len(files):
+        if not files or not 0 <= held_out <= len(files):
             raise InvalidParameterError(
                 f"{len(files)} pictures ({', '.join(SUFFIXES)}) in {root}, of which {held_out} are to be held out: "
-                "expected more"
+                "expected as many at least, and one"
             )
         folders = {p.parent for p in files}
-        classed = captions is None and len(folders) > 1 and self.root not in folders
+        classed = len(folders) > 1 and self.root not in folders
         self.classes = tuple(sorted({p.parent.name for p in files})) if classed else ()
         order = np.random.default_rng(0).permutation(len(files)).tolist()
         rows = [
@@ -122,6 +122,10 @@ class FolderPictures:
 
     def train(self, batch: int, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[PictureBatch]:
         count = len(self._train)
+        if not count:
+            raise InvalidParameterError(
+                f"all {len(self._held_out)} pictures in {self.root} are held out: none to train on"
+            )
         steps = max(1, count // (batch * world))  # of an epoch
         epoch, skip = divmod(start, steps)
         while True:

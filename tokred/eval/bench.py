@@ -80,6 +80,15 @@ TASKS: dict[str, Task] = {
         fast=((64,), 16),
         context=512,
     ),
+    "tokenize": Task(
+        "tokred.eval.bench_tokenize",
+        "the bundled FlexTok and TexTok on held-out cards: what few tokens give back, what their generators draw",
+        methods="reconstruct,generate,captions,grid",
+        level="tokens of a picture",
+        levels=(1, 2, 4, 8, 16),
+        scenes=200,
+        fast=((1, 4), 16),
+    ),
 }
 
 

@@ -1,0 +1,261 @@
+"""The bundled image tokenizers: a tiny FlexTok and a tiny TexTok with their generators, for the 32x32 digit cards.
+
+How they are made, and put into the package (`tokenizers/flextok/README.md` and `tokenizers/textok/README.md`)::
+
+    python tokenizers/flextok/train.py --config tokenizers/flextok/tiny.yaml --stage vae --out runs/vae
+    python tokenizers/flextok/train.py ...                                       # the other stages
+    python -m tokred.zoo.tokenizers --flextok runs/vae runs/flextok --flextok-ar runs/ar \\
+        --textok runs/textok runs/textok_dit --textok-no-text runs/textok_no_text --textok-grid runs/textok_grid
+
+`tokred bench --task tokenize` measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokred.core.budget import check_choice
+from tokred.core.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from tokred.generation.flextok import FlexTok
+    from tokred.generation.flextok_ar import FlexTokARModel
+    from tokred.generation.textok import TexTok
+    from tokred.generation.textok_dit import TexTokDiT1D
+
+__all__ = [
+    "TOKENIZERS",
+    "bundle",
+    "fingerprint",
+    "open_tokenizer",
+    "tiny_flextok",
+    "tiny_flextok_ar",
+    "tiny_textok",
+    "tiny_textok_grid",
+    "tiny_textok_no_text",
+    "tokenizer_card",
+]
+
+WEIGHTS = Path(__file__).parent / "weights"
+#: Name in the zoo -> what it is. Folders are called alike, with underscores.
+TOKENIZERS = {
+    "tiny-flextok": "1 to 16 ordered tokens of a 32x32 card, and the card back from any number of the first",
+    "tiny-flextok-ar": "the tokens of tiny-flextok for a digit, drawn one after the other",
+    "tiny-textok": "4 continuous tokens of a 32x32 card beside its caption, back, and new ones of a digit",
+    "tiny-textok-no-text": "the twin of tiny-textok, trained alike but without captions",
+    "tiny-textok-grid": "the generator of tiny-textok on the 64 patches of 4x4 pixels of a card, without a tokenizer",
+}
+#: Folders of a saved tokenizer that decide its tokens and what they decode to.
+PARTS = ("model", "vae", "text_encoder", "text_tokenizer")
+PIPELINE, MODEL = "model_index.json", "config.json"
+
+
+def folder_of(name: str, root: Path = WEIGHTS) -> Path:
+    """Where the model `name` of `TOKENIZERS` is below `root`."""
+    return root / name.replace("-", "_")
+
+
+def _present(folder: Path, file: str) -> Path:
+    if not (folder / file).is_file():
+        raise FileNotFoundError(
+            f"no such model in {folder}: {file} is missing; train it by the recipes in tokenizers/, and bundle it by "
+            "python -m tokred.zoo.tokenizers"
+        )
+    return folder
+
+
+def tiny_flextok(folder: Path = WEIGHTS / "tiny_flextok") -> FlexTok:
+    """The bundled FlexTok: 32x32 pixels, 16 tokens; eval mode, float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: `folder` does not hold one. So do the others here.
+    """
+    from tokred.generation.flextok import FlexTok
+
+    return _pipeline(FlexTok, folder)
+
+
+def tiny_flextok_ar(folder: Path = WEIGHTS / "tiny_flextok_ar") -> FlexTokARModel:
+    """The bundled generator of `tiny_flextok`'s ids, for the digits 0 to 9."""
+    from tokred.generation.flextok_ar import FlexTokARModel
+
+    _present(folder, MODEL)
+    return FlexTokARModel.from_pretrained(folder, dtype="float32", local_files_only=True).eval()
+
+
+def tiny_textok(folder: Path = WEIGHTS / "tiny_textok") -> TexTok:
+    """The bundled TexTok with its text encoder, its generator for the digits 0 to 9, and captions of each."""
+    from tokred.generation.textok import TexTok
+
+    return _pipeline(TexTok, folder)
+
+
+def tiny_textok_no_text(folder: Path = WEIGHTS / "tiny_textok_no_text") -> TexTok:
+    """The bundled TexTok that was trained without text; it has no generator."""
+    return tiny_textok(folder)
+
+
+def tiny_textok_grid(folder: Path = WEIGHTS / "tiny_textok_grid") -> TexTokDiT1D:
+    """The bundled diffusion transformer over `tokred.generation.patches.patchify` of pixels in [-1, 1]."""
+    import torch
+    from torch import nn
+
+    from tokred.generation.textok_dit import TexTokDiT1D
+
+    _present(folder, MODEL)
+    found = TexTokDiT1D.from_pretrained(folder, local_files_only=True).eval()
+    nn.Module.to(found, torch.float32)
+    return found
+
+
+def _pipeline(cls: Any, folder: Path) -> Any:
+    import torch
+    from torch import nn
+
+    found = cls.from_pretrained(_present(folder, PIPELINE), local_files_only=True)
+    for part in found.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.float32)  # diffusers' own `to` warns of parts to keep as they are; there are none
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def open_tokenizer(model: str) -> tuple[FlexTok | TexTok, str]:
+    """A tokenizer and its `fingerprint`.
+
+    Args:
+        model: "flextok" or "textok", the bundled ones, or the folder of a saved `FlexTok` or `TexTok`.
+
+    Raises:
+        FileNotFoundError: the folder does not hold one. InvalidParameterError: another class, or it cannot be read.
+    """
+    short = {"flextok": folder_of("tiny-flextok"), "textok": folder_of("tiny-textok")}
+    folder = short.get(model, Path(model))
+    if model not in short and not folder.is_dir():
+        raise FileNotFoundError(f"no tokenizer {model!r}: expected flextok, textok, or the folder of a saved one")
+    kind = json.loads((_present(folder, PIPELINE) / PIPELINE).read_text(encoding="utf-8")).get("_class_name")
+    readers: dict[Any, Any] = {"FlexTok": tiny_flextok, "TexTok": tiny_textok}
+    if kind not in readers:
+        raise InvalidParameterError(f"{folder} holds a {kind}: expected one of {', '.join(readers)}")
+    try:
+        return readers[kind](folder), fingerprint(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidParameterError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """A text that names the tokenizer saved in `folder` by its content: weights, sizes, text tokenizer.
+
+    The same for a copy, another for other weights; generators beside it and releases of libraries do not matter.
+    """
+    digest = hashlib.sha256()
+    for part in PARTS:
+        for path in sorted((folder / part).glob("*")):
+            if path.name == MODEL:
+                known = json.loads(path.read_text(encoding="utf-8"))
+                own = {key: value for key, value in known.items() if not key.startswith("_") and "version" not in key}
+                content = json.dumps(own, sort_keys=True).encode()
+            elif path.suffix == ".safetensors" or path.name == "tokenizer.json":
+                content = path.read_bytes()
+            else:
+                continue
+            digest.update(f"{part}/{path.name} {len(content)}\n".encode() + content)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def tokenizer_card(name: str) -> dict[str, Any]:
+    """How the bundled weights of `name` were made."""
+    check_choice("name", name, tuple(TOKENIZERS))
+    path = _present(folder_of(name), "card.json") / "card.json"
+    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return card
+
+
+def bundle(name: str, runs: Sequence[Path], into: Path = WEIGHTS) -> Path:
+    """Copy the model of the last of `runs` with float16 weights; returns its folder, which appears whole or not at all.
+
+    Args:
+        name: of `TOKENIZERS`. runs: folders of `tokred.generation.training.fit`, in the order in which they ran: a
+            tokenizer's VAE before it, a TexTok before its generator. Their records go along.
+
+    Raises:
+        InvalidParameterError: unknown name, or a run that is not finished.
+    """
+    check_choice("name", name, tuple(TOKENIZERS))
+    for run in runs:
+        if not (run / "config.json").is_file() or not (run / "model").is_dir():
+            raise InvalidParameterError(f"{run} is no finished run: expected config.json and model/ in it")
+    records = [json.loads((run / "config.json").read_text(encoding="utf-8")) for run in runs]
+    target = folder_of(name, into)
+    into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into) as temporary:
+        made = Path(temporary) / target.name
+        shutil.copytree(runs[-1] / "model", made)
+        weights = [_halve(path) | {"file": path.relative_to(made).as_posix()} for path in _weights(made)]
+        card = {
+            "name": name,
+            "task": TOKENIZERS[name],
+            "data": "tokred.data.cards: handwritten digits of scikit-learn on photographs of scikit-image",
+            "weights": {"dtype": "float16", "files": weights, "parameters": sum(w["parameters"] for w in weights)},
+            "training": {"command": "python tokenizers/{flextok,textok}/train.py", "records": "training.json"},
+            "measured": "tokred bench --task tokenize",
+        }
+        for file, data in (("training.json", records), ("card.json", card)):
+            (made / file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        for path in made.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if target.exists():
+            shutil.rmtree(target)
+        made.rename(target)
+    return target
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def _halve(path: Path) -> dict[str, Any]:
+    """Write floats of a safetensors file as float16, and keep its notes; size, digest and number of parameters."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as opened:
+        notes = opened.metadata()
+    state = load_file(path)
+    save_file({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, path, notes)
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "parameters": sum(value.numel() for value in state.values()),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokred.zoo.tokenizers",
+        description="Put finished training runs into the package: the model of the last RUN of each option, and the "
+        "records of all of them.",
+    )
+    for name, task in TOKENIZERS.items():
+        option = name.replace("tiny-", "--")
+        parser.add_argument(option, nargs="+", type=Path, metavar="RUN", dest=name, help=task)
+    given = {name: runs for name, runs in vars(parser.parse_args(argv)).items() if runs}
+    if not given:
+        parser.error("no run given")
+    for name, runs in given.items():
+        try:
+            folder = bundle(name, runs)
+        except InvalidParameterError as error:
+            parser.error(str(error))
+        print(f"{folder}: {sum(path.stat().st_size for path in _weights(folder)) / 1e6:.2f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()
