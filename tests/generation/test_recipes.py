@@ -132,6 +132,8 @@ def test_flextok_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_textok_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokred.generation import TexTok, TexTokDiT1D
+
     train, config = script("textok", "train"), recipe("textok", tmp_path)
     common = ["--config", config, "--steps", "2"]
     whole, twin, dit, parts = (tmp_path / name for name in ("textok", "twin", "dit", "parts"))
@@ -139,14 +141,16 @@ def test_textok_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     finished(whole)
     train.main([*common, "--stage", "tokenizer", "--num-tokens", "2", "--no-text", "--out", str(twin)])
     finished(twin)
+    grid = tmp_path / "grid"
+    train.main([*common, "--stage", "generator", "--grid", "--out", str(grid)])
+    patches = TexTokDiT1D.from_pretrained(grid / "model").config
+    assert (patches.num_tokens, patches.latent_dim) == (64, 48)
     generator = [*common, "--stage", "generator", "--tokenizer", str(whole / "model")]
     train.main([*generator, "--out", str(dit)])
     finished(dit)
     interrupted(train, [*generator, "--out", str(parts)])
     train.main([*generator, "--out", str(parts), "--resume"])
     same_weights(dit / "model", parts / "model")
-
-    from tokred.generation import TexTok
 
     textok = TexTok.from_pretrained(dit / "model")
     textok.set_progress_bar_config(disable=True)

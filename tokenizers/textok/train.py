@@ -3,6 +3,7 @@
     python tokenizers/textok/train.py --config tokenizers/textok/tiny.yaml --stage tokenizer --out runs/textok
     python tokenizers/textok/train.py --config ... --stage tokenizer --no-text --out runs/textok_no_text    # the twin
     python tokenizers/textok/train.py --config ... --stage generator --tokenizer runs/textok/model --out runs/textok_dit
+    python tokenizers/textok/train.py --config ... --stage generator --grid --out runs/textok_grid
     accelerate launch --num_processes 8 --mixed_precision bf16 tokenizers/textok/train.py ...     # the same, on 8 GPUs
 
 A killed run goes on with `--resume`. Pictures of a folder need their `captions.jsonl`.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tokred.core.errors import InvalidParameterError, TokredError
 from tokred.data.cards import CAPTION_WORDS
 from tokred.data.pictures import PictureBatch, Pictures, open_pictures
+from tokred.generation.patches import patchify
 from tokred.generation.textok import TexTok
 from tokred.generation.textok_dit import TexTokDiT1D, make_scheduler
 from tokred.generation.textok_losses import PatchDiscriminator, TexTokLoss, TexTokLossWeights, dit_loss, perceptual_loss
@@ -170,11 +172,37 @@ class GeneratorObjective(Objective):
         ]
 
 
+class GridObjective(Objective):
+    """The same transformer on the picture's own patches: what a generator costs and gives without a tokenizer."""
+
+    def __init__(self, dit: TexTokDiT1D, pictures: Pictures, patch: int) -> None:
+        self.model, self.pictures, self.patch = dit, pictures, patch
+        self.scheduler = make_scheduler(dit.config.objective, dit.config.learn_sigma)
+
+    def batches(self, size: int, start: int, rank: int, world: int) -> Iterator[PictureBatch]:
+        return self.pictures.train(size, start, rank, world)
+
+    def loss(
+        self, model: nn.Module, batch: PictureBatch, step: int, device: torch.device
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        patches = patchify(batch.images.to(device), self.patch)
+        return dit_loss(model, patches, self.scheduler, class_labels=batch.labels.to(device))["loss"], {}
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+
 def objective_of(args: argparse.Namespace, config: dict[str, dict[str, Any]], pictures: Pictures) -> Objective:
     """What a stage trains, from its command line and recipe."""
+    if args.stage == "generator" and args.grid:
+        patch, side = config["model"]["patch_size"], config["model"]["image_size"]
+        sizes = {"num_tokens": (side // patch) ** 2, "latent_dim": 3 * patch**2}
+        return GridObjective(TexTokDiT1D(**sizes, **config["generator"]), pictures, patch)
     if args.stage == "generator":
         if args.tokenizer is None:
-            raise InvalidParameterError("--stage generator needs --tokenizer, the folder of a trained TexTok")
+            raise InvalidParameterError(
+                "--stage generator needs --tokenizer, the folder of a trained TexTok, or --grid"
+            )
         textok = TexTok.from_pretrained(args.tokenizer)
         sizes = {"num_tokens": textok.num_tokens, "latent_dim": textok.model.config.latent_dim}
         return GeneratorObjective(TexTokDiT1D(**sizes, **config["generator"]), textok, pictures)
@@ -203,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--no-text", action="store_true", help="stage tokenizer: neither side sees the caption")
     parser.add_argument("--num-tokens", type=int, help="stage tokenizer: N, instead of the recipe's")
     parser.add_argument("--tokenizer", type=Path, help="stage generator: folder of a trained TexTok")
+    parser.add_argument("--grid", action="store_true", help="stage generator: on patches of pixels, without tokenizer")
     parser.add_argument("--steps", type=int, help="updates, instead of the recipe's")
     parser.add_argument("--seed", type=int, help="instead of the recipe's")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of a process")
@@ -221,7 +250,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if "steps" in changes:
             values["warmup"] = min(values.get("warmup", Plan.warmup), args.steps - 1)
         plan = Plan.from_dict(values)
-        recipe = {"stage": args.stage, **{name: config[name] for name in ("text", "model", "generator", "loss")}}
+        recipe = {
+            "stage": args.stage,
+            "grid": args.grid,
+            **{name: config[name] for name in ("text", "model", "generator", "loss")},
+        }
         pictures = open_pictures(config["data"].pop("pictures"), **{"seed": plan.seed, **config["data"]})
         torch.manual_seed(plan.seed)
         recipe = {**recipe, "pictures": type(pictures).__name__, "data": config["data"]}
