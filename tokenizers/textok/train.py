@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from tokred.core.errors import InvalidParameterError, TokredError
 from tokred.data.cards import CAPTION_WORDS
-from tokred.data.pictures import PictureBatch, Pictures, open_pictures
+from tokred.data.pictures import PictureBatch, Pictures
 from tokred.generation.patches import patchify
 from tokred.generation.textok import TexTok
 from tokred.generation.textok_dit import TexTokDiT1D, make_scheduler
 from tokred.generation.textok_losses import PatchDiscriminator, TexTokLoss, TexTokLossWeights, dit_loss, perceptual_loss
 from tokred.generation.textok_model import TexTokModel, latent_statistics
-from tokred.generation.training import Objective, Plan, checked_fields, fit, read_config
+from tokred.generation.training import Objective, checked_fields, read_config, recipe_arguments, run_recipe
 
 STAGES = ("tokenizer", "generator")
 SECTIONS = ("data", "text", "model", "generator", "loss", *(f"train_{stage}" for stage in STAGES))
@@ -222,43 +222,20 @@ def objective_of(args: argparse.Namespace, config: dict[str, dict[str, Any]], pi
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line; the result is that of `tokred.generation.training.fit`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", required=True, type=Path, help="recipe, such as tiny.yaml beside this file")
-    parser.add_argument("--stage", required=True, choices=STAGES)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--data", help="a folder of pictures, or cards; default: the recipe's")
+    parser = recipe_arguments(__doc__, STAGES)
     parser.add_argument("--no-text", action="store_true", help="stage tokenizer: neither side sees the caption")
     parser.add_argument("--num-tokens", type=int, help="stage tokenizer: N, instead of the recipe's")
     parser.add_argument("--tokenizer", type=Path, help="stage generator: folder of a trained TexTok")
     parser.add_argument("--grid", action="store_true", help="stage generator: on patches of pixels, without tokenizer")
-    parser.add_argument("--steps", type=int, help="updates, instead of the recipe's")
-    parser.add_argument("--seed", type=int, help="instead of the recipe's")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of a process")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
         config = read_config(args.config, SECTIONS)
-        changes = {name: getattr(args, name) for name in ("steps", "seed") if getattr(args, name) is not None}
-        if args.data is not None:
-            config["data"]["pictures"] = args.data
         if args.no_text:
             config["text"]["use"] = False
         if args.num_tokens is not None:
             config["model"]["num_tokens"] = args.num_tokens
-        values = {**config[f"train_{args.stage}"], **changes}
-        if "steps" in changes:
-            values["warmup"] = min(values.get("warmup", Plan.warmup), args.steps - 1)
-        plan = Plan.from_dict(values)
-        recipe = {
-            "stage": args.stage,
-            "grid": args.grid,
-            **{name: config[name] for name in ("text", "model", "generator", "loss")},
-        }
-        pictures = open_pictures(config["data"].pop("pictures"), **{"seed": plan.seed, **config["data"]})
-        torch.manual_seed(plan.seed)
-        recipe = {**recipe, "pictures": type(pictures).__name__, "data": config["data"]}
-        return fit(objective_of(args, config, pictures), plan, args.out, recipe, args.resume)
+        return run_recipe(args, config, lambda pictures: objective_of(args, config, pictures), grid=args.grid)
     except TokredError as error:
         parser.error(str(error))
 

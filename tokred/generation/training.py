@@ -11,12 +11,13 @@ Needs ``pip install "tokred[train]"``.
 from __future__ import annotations
 
 import abc
+import argparse
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from tqdm import tqdm
 
 from tokred.core.budget import check_count
 from tokred.core.errors import InvalidParameterError, UnknownParameterError, nearest
+from tokred.data.pictures import Pictures, open_pictures
 from tokred.generation.images import to_pil
 
-__all__ = ["Objective", "Plan", "fit", "picture_sheet", "read_config"]
+__all__ = ["Objective", "Plan", "fit", "picture_sheet", "read_config", "recipe_arguments", "run_recipe"]
 
 
 @dataclass(frozen=True)
@@ -368,3 +370,43 @@ def read_config(path: str | Path, sections: Sequence[str]) -> dict[str, dict[str
         given = sorted(config) if isinstance(config, dict) else type(config).__name__
         raise InvalidParameterError(f"{path}: expected the sections {', '.join(sections)}, each a mapping; got {given}")
     return config
+
+
+def recipe_arguments(description: str | None, stages: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that every recipe's ``train.py`` has; the description is the first line of its docstring."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--config", required=True, type=Path, help="recipe, such as tiny.yaml beside this file")
+    parser.add_argument("--stage", required=True, choices=stages)
+    parser.add_argument("--out", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--data", help="a folder of pictures, or cards; default: the recipe's")
+    parser.add_argument("--steps", type=int, help="updates, instead of the recipe's")
+    parser.add_argument("--seed", type=int, help="instead of the recipe's")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of a process")
+    return parser
+
+
+def run_recipe(
+    args: argparse.Namespace,
+    config: dict[str, dict[str, Any]],
+    objective_of: Callable[[Pictures], Objective],
+    **further: Any,
+) -> dict[str, Any]:
+    """`fit` one stage of a recipe, whose section ``train_STAGE`` is its plan.
+
+    Args:
+        args: of `recipe_arguments`. config: of `read_config`. further: what else decides the run, JSON types.
+        objective_of: makes what is trained, after torch's generator was seeded.
+    """
+    changes = {name: getattr(args, name) for name in ("steps", "seed") if getattr(args, name) is not None}
+    values = {**config[f"train_{args.stage}"], **changes}
+    if "steps" in changes:
+        values["warmup"] = min(values.get("warmup", Plan.warmup), args.steps - 1)
+    plan = Plan.from_dict(values)
+    data = {name: value for name, value in config["data"].items() if name != "pictures"}
+    source = config["data"]["pictures"] if args.data is None else args.data
+    pictures = open_pictures(source, **{"seed": plan.seed, **data})
+    torch.manual_seed(plan.seed)
+    sections = {name: values for name, values in config.items() if not name.startswith("train_")}
+    recipe = {"stage": args.stage, **sections, "data": data, "pictures": type(pictures).__name__, **further}
+    return fit(objective_of(pictures), plan, args.out, recipe, args.resume)
