@@ -299,7 +299,7 @@ def test_folders_of_runs_are_not_mixed_up(tmp_path):
     train(run, out)
     with pytest.raises(InvalidParameterError, match="holds a run already"):
         train(run, out)
-    with pytest.raises(InvalidParameterError, match=r"another run: seed=0 there, 1 given; lr=0.002 there, 0.1 given"):
+    with pytest.raises(InvalidParameterError, match=r"another run: seed=0 there, 1 given; lr=0\.005 there, 0\.1 given"):
         train(tiny("vit_tiny_patch16_224", seed=1, lr=0.1), out, resume=True)
     (out / "model.safetensors").write_bytes((out / "last.safetensors").read_bytes()[:100])
     with pytest.raises(InvalidParameterError, match=r"model\.safetensors cannot be read"):
