@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = {"timm", "openclip", "transformers", "diffusers", "video", "train", "demo", "eval", "dev", "all"}
 FLOORS = {
     "torch": {">=2.8"},
-    "timm": {">=1.0.20", ">=1.0.21"},
+    "timm": {">=1.0.20", ">=1.0.21"},  # training needs its Muon
     "transformers": {">=5.19"},
-}  # training needs timm's Muon
+}
 
 # Files that a build must leave out, one in each folder that a wheel is known to pick up by mistake, and files that it
 # must take along.
