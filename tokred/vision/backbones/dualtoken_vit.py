@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint, register_model
 from torch import Tensor, nn
 
@@ -120,7 +120,8 @@ class DualTokenViT(nn.Module):
         self.patch_embed = Stem(self.in_chans, dims[0], **dd)
         tokens = math.prod(self.switches.global_tokens)
         self.global_token = nn.Parameter(torch.zeros(1, tokens, dims[0], **dd)) if self.switches.reads_tokens else None
-        rates = iter(calculate_drop_path_rates(check_number("drop_path_rate", drop_path_rate, 0.0, 1.0), sum(depths)))
+        most = check_number("drop_path_rate", drop_path_rate, 0.0, 1.0)
+        rates = iter(torch.linspace(0, most, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList()
         for stage, (dim, halvings) in enumerate(zip(dims, HALVINGS, strict=True)):
             blocks = [

@@ -340,7 +340,7 @@ class LookupBlock(nn.Module):
             bias = qkv.bias is not None
             self.infuse = LookupInfusion(norm1, dim, attention.num_heads, bias=bias, prefix=skipped, **shared)
             self.norm_l = norm2
-            self.mlp_l = Mlp(dim, int(dim / lookup_mlp_div), act_layer=act_layer, drop=proj_drop, **made)
+            self.mlp_l = Mlp(dim, int(dim / lookup_mlp_div), act_layer=act_layer, drop=proj_drop).to(**made)
         self.train(block.training)
 
     def forward(self, zp: Tensor, zl: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

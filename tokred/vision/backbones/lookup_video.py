@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class LookupViViT(nn.Module):
         self.grad_checkpointing = False
         self.embed = VideoLookupEmbed(video_size, tubelet, in_chans, embed_dim, antialias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if self.num_prefix_tokens else None
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         norm = nn.LayerNorm(embed_dim, eps=1e-6)
         hosts = [Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates]
         new_blocks = lookup_blocks(hosts, final_infusion, prefix=self.num_prefix_tokens, **block)

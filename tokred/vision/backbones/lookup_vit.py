@@ -358,7 +358,7 @@ class LookupViT(LookupForward, VisionTransformer):
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """timm's initialisation of everything, the new modules included."""
-        super().init_weights(mode, needs_reset)
+        super().init_weights(mode, *([] if needs_reset else [False]))  # timm up to 1.0.21 takes the mode alone
         if self._table() is not None:
             trunc_normal_(self.compressed_pos_embed, std=0.02)
 

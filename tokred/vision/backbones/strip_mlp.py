@@ -120,7 +120,7 @@ class StripMixing(nn.Module):
         self.mlp = nn.Sequential(nn.Conv2d(channels, channels, 1, **at), nn.BatchNorm2d(channels, **at), nn.GELU())
         self.fc_h = nn.Conv2d(half, half, (3, 7), padding=(1, 3), groups=half, bias=False, **at)
         self.fc_w = nn.Conv2d(half, half, (7, 3), padding=(3, 1), groups=half, bias=False, **at)
-        self.reweight = Mlp(half, half // 2, 3 * half, use_conv=True, **at)
+        self.reweight = Mlp(half, half // 2, 3 * half, use_conv=True).to(**at)  # timm up to 1.0.20 takes no device
         self.fuse = nn.Conv2d(channels, channels, 1, bias=False, **at)
         self.relate_pos_h = RelativePosition(half, side, **at)
         self.relate_pos_w = RelativePosition(half, side, **at)
