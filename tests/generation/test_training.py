@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from tests.conftest import ROOT
 from tokred.core.errors import InvalidParameterError, UnknownParameterError
 
 pytest.importorskip("accelerate")
@@ -113,6 +117,35 @@ def test_an_adversary_learns_in_turn(tmp_path):
     resumed = fit(again, plan, tmp_path / "parts", {}, resume=True)
     assert resumed["log"] == record["log"]
     assert torch.equal(again.adversary.weight, duel.adversary.weight)
+
+
+SCRIPT = """
+import sys, torch
+from accelerate import Accelerator
+from tests.generation.test_training import PLAN, Line
+from tokred.generation.training import Plan, fit
+line = Line()
+record = fit(line, Plan(**PLAN, clip_grad=0.0), sys.argv[1], {})
+torch.save(line.model.state_dict(), f"{sys.argv[1]}/rank{Accelerator().process_index}.pt")
+"""
+
+
+def test_processes_share_their_gradients(tmp_path):
+    """Two processes see different batches, learn the same weights, and not those of one process alone."""
+    (tmp_path / "run.py").write_text(SCRIPT)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    found = subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tmp_path / "two")], env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = Line()
+    record = fit(alone, Plan(**PLAN, clip_grad=0.0), tmp_path / "one", {})
+    assert record["processes"] == 1
+    assert json.loads((tmp_path / "two/config.json").read_text())["processes"] == 2
+    assert not torch.equal(first["weight"], alone.model.weight)
 
 
 def test_folders_are_not_mixed_up(tmp_path):

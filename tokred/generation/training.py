@@ -179,11 +179,13 @@ def fit(
         step_on_epochs=True,
     )
     assert scheduler is not None
-    model, optimizer = accelerator.prepare(objective.model, raw)
+    # Not wrapped for several processes: a loss may call any part of the model, and `_share` averages the gradients.
+    model, optimizer = accelerator.prepare_model(objective.model, evaluation_mode=True), accelerator.prepare(raw)
     opponent = None
     if objective.adversary is not None:
         theirs = create_optimizer_v2(objective.adversary, opt=plan.opt, lr=plan.lr, **betas)
-        objective.adversary, opponent = accelerator.prepare(objective.adversary, theirs)
+        objective.adversary = accelerator.prepare_model(objective.adversary, evaluation_mode=True)
+        opponent = accelerator.prepare(theirs)
     parameters = [p for p in objective.model.parameters() if p.requires_grad]
     ema = EMAModel(parameters, decay=plan.ema, use_ema_warmup=True, power=2 / 3) if plan.ema else None
     if ema is not None:
@@ -205,6 +207,7 @@ def fit(
         with accelerator.autocast():
             loss, numbers = objective.loss(model, next(batches), progress.step, device)
         accelerator.backward(loss)
+        _share(accelerator, model)
         if plan.clip_grad:
             accelerator.clip_grad_norm_(model.parameters(), plan.clip_grad)
         optimizer.step()
@@ -217,6 +220,7 @@ def fit(
                 answer = objective.adversary_loss(progress.step)
             if answer is not None:
                 accelerator.backward(answer)
+                _share(accelerator, objective.adversary)
                 opponent.step()
                 numbers = {**numbers, "adversary": answer.detach()}
         progress.step += 1
@@ -262,6 +266,18 @@ def fit(
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return record
+
+
+def _share(accelerator: Accelerator, model: nn.Module | None) -> None:
+    """Gradients become their mean over the processes."""
+    if accelerator.num_processes == 1 or model is None:
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in learning if p.grad is not None]), "mean")
+    for p, mean in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+        p.grad = mean.view_as(p)
 
 
 class _Progress:
