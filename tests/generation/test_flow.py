@@ -166,5 +166,15 @@ def test_times_are_those_of_diffusers_and_strata_hold_one_each() -> None:
 def test_unknown_laws_and_values() -> None:
     with pytest.raises(InvalidParameterError, match="law"):
         sample_sigmas(3, "other")
+    with pytest.raises(InvalidParameterError, match="shift=0"):
+        sample_sigmas(3, shift=0)
     with pytest.raises(InvalidParameterError, match="norm_threshold"):
         APG(norm_threshold=-1)
+
+
+def test_shift_of_sigmas() -> None:
+    plain, shifted = (
+        sample_sigmas(500, "uniform", shift=shift, generator=torch.Generator().manual_seed(1)) for shift in (1.0, 4.0)
+    )
+    odds = 4 * plain.double() / (1 - plain.double())  # SD3, section 5.3.2: the odds of noise grow fourfold
+    torch.testing.assert_close(shifted, (odds / (1 + odds)).float())

@@ -36,7 +36,7 @@ SHOWN = 8  # pictures of a sample sheet
 
 @dataclass(frozen=True)
 class Loss:
-    """The section ``loss:``: nested dropout's law, share of pictures without condition, law of times, and REPA.
+    """The section ``loss:``: nested dropout's law, share of pictures without condition, law and shift of times, REPA.
 
     `repa` is None or {"model": a DINOv2 of transformers, "weight": number, "block": of the decoder, "size": pixels}.
     """
@@ -44,6 +44,7 @@ class Loss:
     nested_dropout: str = "pow2"
     condition_dropout: float = 0.2
     sigmas: str = "mode"
+    sigma_shift: float = 1.0
     repa: dict[str, Any] | None = None
 
 
@@ -103,7 +104,8 @@ class TokenizerObjective(Objective):
             self.flextok.vae.to(device)
         latents = self.flextok.encode_latents(images)
         count = len(latents)
-        noise, times = torch.randn_like(latents), sample_sigmas(count, self.how.sigmas, device=device)
+        noise = torch.randn_like(latents)
+        times = sample_sigmas(count, self.how.sigmas, shift=self.how.sigma_shift, device=device)
         kept = sample_keep_k(count, self.net.config.num_registers, self.how.nested_dropout)
         drop = torch.rand(count) < self.how.condition_dropout
         repa = self.model["repa"] if self.how.repa else None

@@ -17,8 +17,6 @@ import importlib.util
 import inspect
 import itertools
 import math
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 
 from tokred import ops
 from tokred.adapters.hooks import Hook
-from tokred.adapters.swap import swap_class, unswap_class
+from tokred.adapters.passes import Call, PassSession
 from tokred.core.diffusion import BlockInfo, DenoiserInfo, DiffusionBlock, DiffusionMethod, Part
 from tokred.core.errors import ConflictError, LayoutError, RaggedInputError, UnsupportedModelError
 from tokred.core.host import Host
@@ -41,7 +39,6 @@ if importlib.util.find_spec("diffusers") is None:  # importing it takes seconds,
 
 __all__ = ["DiffusersHost"]
 
-_STATE = "_tokred_state"  # attribute of a tensor: the pass that it belongs to
 _SERIAL = itertools.count()
 
 
@@ -155,20 +152,16 @@ class Running:
     done: set[str] = field(default_factory=set)
 
 
-class _Call:
-    """What a running call keeps at hand."""
+class DenoiserCall(Call[Pass]):
+    """What a running call keeps at hand: its pass, and the blocks that run."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.scope: Pass | None = None
-        self.last: Pass | None = None
         self.running: dict[int, Running] = {}
 
 
-class _ThreadCall(threading.local, _Call):
-    """One `_Call` a thread. (Not used while torch.compile traces: Dynamo follows a plain `_Call` instead.)"""
-
-
-class Session:
+class Session(PassSession[DenoiserCall, Pass]):
     """Methods at work on one denoiser.
 
     Attributes:
@@ -188,9 +181,8 @@ class Session:
                 self.rules[layer] = (method, rule)
         self.names = [name for name in inspect.signature(type(host.model).forward).parameters if name != "self"]
         self.serial = f"session {next(_SERIAL)}"  # a string: compiled code is for this session and no other
-        self.handles: list[Any] = []
-        self.seats: list[nn.Module] = []
-        self._reset_runtime()
+        self.passes_kept = 4 * len(host.places)
+        super().__init__(DenoiserCall)
 
     # -- installation ------------------------------------------------------------------------------------------------
 
@@ -211,10 +203,7 @@ class Session:
         for module in self.host.model.modules():
             if self.host.kind == "UNet2DConditionModel" and _is(module, "Transformer2DModel"):
                 self._pre(module, "level")
-        model = self.host.model
-        swap_class(model, extend_denoiser)
-        model._tokred_seat = Seat(self)  # type: ignore[assignment]
-        self.seats.append(model)
+        self.swap(self.host.model, extend_denoiser, Seat(self))
 
     def _tap_attention(self, module: Any, layer: int, keys: bool) -> None:
         if keys:
@@ -230,41 +219,16 @@ class Session:
     def _post(self, module: nn.Module, *hook: Any) -> None:
         self.handles.append(module.register_forward_hook(Hook(self, *hook), with_kwargs=True, prepend=True))
 
-    def remove(self) -> None:
-        """Take everything away again, in reverse; safe to call twice."""
-        for handle in reversed(self.handles):
-            handle.remove()
-        for module in reversed(self.seats):
-            unswap_class(module)
-            module.__dict__.pop("_tokred_seat", None)
-        self.handles, self.seats = [], []
-        self._reset_runtime()
-
     # -- state of a call ---------------------------------------------------------------------------------------------
 
-    def _reset_runtime(self) -> None:
-        self._local = _ThreadCall()
-        self._traced = _Call()
-        self._newest: Pass | None = None
-        self._by_pointer: dict[tuple[int, int], weakref.ref[Pass]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        runtime = ("_local", "_traced", "_newest", "_by_pointer")
-        return {key: value for key, value in self.__dict__.items() if key not in runtime}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self.serial = f"session {next(_SERIAL)}"
-        self._reset_runtime()
-
-    @property
-    def call(self) -> _Call:
-        return self._traced if torch.compiler.is_compiling() else self._local  # type: ignore[return-value]
 
     @property
     def trace(self) -> Trace:
         """What the last forward pass of this thread (else of any thread) merged, block by block."""
-        state = self._local.last or self._newest
+        state = self.shown
         steps = [] if state is None else [self._step(layer, c) for layer, c in sorted(state.choices.items())]
         return Trace(None, denoiser=[step for step in steps if step is not None])
 
@@ -288,24 +252,16 @@ class Session:
         finally:
             call.scope = None
             call.running.clear()  # of a block that raised
-        call.last = state
-        self._newest = state
+        self.ended(state)
         return output
 
     def _state_for(self, layer: int, x: Tensor) -> Pass:
         """The pass that a block belongs to, given its input: a checkpoint runs it again when the pass is over."""
         scope = self.call.scope
         if scope is not None:
-            if (x.requires_grad or torch.is_grad_enabled()) and not torch.compiler.is_compiling():
-                setattr(x, _STATE, (weakref.ref(self), scope))
-                if len(self._by_pointer) > 4 * len(self.host.places):
-                    self._by_pointer = {key: ref for key, ref in list(self._by_pointer.items()) if ref() is not None}
-                self._by_pointer[layer, x.data_ptr()] = weakref.ref(scope)
+            self.remember(layer, x, scope)
             return scope
-        owner, state = getattr(x, _STATE, (None, None))
-        if owner is None or owner() is not self:
-            reference = self._by_pointer.get((layer, x.data_ptr()))
-            state = reference() if reference is not None else None
+        state = self.tagged(x) or self.recall(layer, x)
         if state is None or layer not in state.choices:
             raise UnsupportedModelError(
                 f"block {layer} ({self.host.places[layer].info.path}) of a patched {self.host.kind} ran outside of the "

@@ -4,16 +4,13 @@ A `Session` joins methods to one encoder. It hooks the blocks (to slice what tra
 after a block), swaps the class of blocks that reduce between attention and MLP, and swaps the class of the encoder so
 that each of its entry points opens a scope. Only the subclasses of `EncoderHost` know a model library.
 
-State belongs to one forward call and to one thread. While the call runs it is found in the thread's scope; afterwards,
-when gradient checkpointing runs a block again, through the tensor that the block received. Token tables are kept by
-layer and never overwritten, so a recomputation sees what the first run saw and makes the same choice.
+Token tables are kept by layer and never overwritten, so a recomputation sees what the first run saw and makes the same
+choice.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
-import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tokred import ops
-from tokred.adapters.swap import swap_class, unswap_class
+from tokred.adapters.hooks import Hook
+from tokred.adapters.passes import Call, PassSession
 from tokred.core.budget import check_choice
 from tokred.core.errors import ConflictError, InvalidParameterError, RaggedInputError
 from tokred.core.host import Host
@@ -33,8 +31,6 @@ from tokred.core.tokens import Keep, Merge, TokenTable
 from tokred.core.trace import Trace
 
 __all__ = ["EncoderHost", "ForwardState", "Session"]
-
-_STATE = "_tokred_state"  # attribute of a tensor: the state of the forward pass that it belongs to
 
 
 class ForwardState:
@@ -71,18 +67,14 @@ class Scope:
         self.state: ForwardState | None = None
 
 
-class _Call:
+class EncoderCall(Call[ForwardState]):
     """What a running call keeps at hand: its scope, and what the layer that runs now has captured."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.scope: Scope | None = None
-        self.last: ForwardState | None = None
         self.running: dict[int, ForwardState] = {}
         self.taps: dict[int, dict[str, Any]] = {}
-
-
-class _ThreadCall(threading.local, _Call):
-    """One `_Call` a thread. (Not used while torch.compile traces: Dynamo follows a plain `_Call` instead.)"""
 
 
 class EncoderHost(Host):
@@ -204,7 +196,7 @@ class EncoderHost(Host):
         return session
 
 
-class Session:
+class Session(PassSession[EncoderCall, ForwardState]):
     """Methods at work on one encoder.
 
     Attributes:
@@ -230,10 +222,9 @@ class Session:
         active = [method for method, _ in self.rules.values()]
         self.size_bias = any(method.proportional_attention for method in active)
         self.pool_by_size = any(method.weighted_pool for method in active)
-        self.handles: list[Any] = []
-        self.seats: list[nn.Module] = []
         self.formed: list[int] = []
-        self._reset_runtime()
+        self.passes_kept = 4 * host.info.depth
+        super().__init__(EncoderCall)
 
     # -- installation ------------------------------------------------------------------------------------------------
 
@@ -250,17 +241,16 @@ class Session:
             self.host.add_taps(self, layer, method.taps)
         for layer in range(min(self.rules), self.host.info.depth):
             block = blocks[layer]
-            self.handles.append(block.register_forward_pre_hook(BeforeBlock(self, layer), with_kwargs=True))
-            self.handles.append(block.register_forward_hook(AfterBlock(self, layer), prepend=True, with_kwargs=True))
+            self.handles.append(block.register_forward_pre_hook(Hook(self, "before", layer), with_kwargs=True))
+            after = Hook(self, "after", layer)
+            self.handles.append(block.register_forward_hook(after, prepend=True, with_kwargs=True))
             if layer in self.rules and self.rules[layer][0].placement == "attn":
                 self.seat(block, layer, _block_class)
         self.seat(self.host.encoder, -1, type(self.host).extend_encoder)
 
     def seat(self, module: nn.Module, layer: int, extend: Callable[[type], dict[str, Any]]) -> None:
         """Swap the class of `module` and tell it where its session is; `remove` undoes it."""
-        swap_class(module, extend)
-        module._tokred_seat = Seat(self, layer)  # type: ignore[assignment]
-        self.seats.append(module)
+        self.swap(module, extend, Seat(self, layer))
 
     def _forms_matrix(self, layer: int, method: EncoderMethod) -> bool:
         if self.score_backend != "auto":
@@ -273,47 +263,23 @@ class Session:
         return "matrix" in method.taps or ("mass" in method.taps and parameter.device.type == "cpu")
 
     def remove(self) -> None:
-        """Take everything away again, in reverse; safe to call twice."""
-        for handle in reversed(self.handles):
-            handle.remove()
-        for module in reversed(self.seats):
-            unswap_class(module)
-            module.__dict__.pop("_tokred_seat", None)
+        super().remove()
         for layer in self.formed:
             self.host.form_matrix(layer, False)
-        self.handles, self.seats, self.formed = [], [], []
-        self._reset_runtime()
+        self.formed = []
 
     # -- state of a call ---------------------------------------------------------------------------------------------
-
-    def _reset_runtime(self) -> None:
-        self._local = _ThreadCall()
-        self._traced = _Call()
-        self._newest: ForwardState | None = None
-        self._by_pointer: dict[tuple[int, int], weakref.ref[ForwardState]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        runtime = ("_local", "_traced", "_newest", "_by_pointer")
-        return {key: value for key, value in self.__dict__.items() if key not in runtime}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset_runtime()
-
-    @property
-    def call(self) -> _Call:
-        return self._traced if torch.compiler.is_compiling() else self._local  # type: ignore[return-value]
 
     @property
     def trace(self) -> Trace:
         """What the last forward pass of this thread (else of any thread) kept."""
-        state = self._local.last or self._newest
+        state = self.shown
         return Trace(state.table if state is not None else None, self.host.info.prefix)
 
     @property
     def last_table(self) -> TokenTable | None:
         """The table that the last forward pass of this thread left."""
-        state = self._local.last
+        state = self.call.last
         return state.table if state is not None else None
 
     def run_entry(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -336,16 +302,7 @@ class Session:
         """The state of the pass that made the first argument: `forward_head(forward_features(x))` stays one pass."""
         if torch.compiler.is_compiling() or not args:
             return None
-        return self._attached(args[0])
-
-    def tag(self, value: Any, state: ForwardState | None) -> None:
-        """Let a tensor remember the pass that made it."""
-        if isinstance(value, Tensor) and state is not None and not torch.compiler.is_compiling():
-            setattr(value, _STATE, (weakref.ref(self), state))
-
-    def _attached(self, value: Any) -> ForwardState | None:
-        owner, state = getattr(value, _STATE, (None, None))
-        return state if owner is not None and owner() is self else None
+        return self.tagged(args[0])
 
     def _begin(self, x: Tensor) -> ForwardState:
         call = self.call
@@ -363,8 +320,7 @@ class Session:
                     "run one size at a time, or use a method that ranks tokens by a score of their own (TopK)"
                 )
         state = ForwardState(TokenTable(x.shape[0], total, grid=grid, valid=valid))
-        call.last = state
-        self._newest = state
+        self.ended(state)
         if call.scope is not None:
             call.scope.state = state
         return state
@@ -376,26 +332,16 @@ class Session:
             return scope.state if scope.state is not None else self._begin(x)
         if torch.compiler.is_compiling():
             return self._begin(x)
-        state = self._attached(x)
+        state = self.tagged(x)
         if torch._C._current_graph_task_id() != -1:  # backward: a checkpoint runs this block again
             if state is None:
-                reference = self._by_pointer.get((layer, x.data_ptr()))
-                state = reference() if reference is not None else None
+                state = self.recall(layer, x)
             again = state is not None and layer in state.entry
             if state is not None and again and state.entry[layer].count + self.host.info.prefix == x.shape[1]:
                 return state
         elif state is not None and layer not in state.entry:  # a loop over blocks by hand goes on
             return state
         return self._begin(x)
-
-    def _remember(self, layer: int, x: Tensor, state: ForwardState) -> None:
-        """Let a recomputation of this block find its state: by its input, or (reentrant) by the input's memory."""
-        if torch.compiler.is_compiling() or not (x.requires_grad or torch.is_grad_enabled()):
-            return
-        self.tag(x, state)
-        if len(self._by_pointer) > 4 * self.host.info.depth:
-            self._by_pointer = {key: ref for key, ref in list(self._by_pointer.items()) if ref() is not None}
-        self._by_pointer[layer, x.data_ptr()] = weakref.ref(state)
 
     # -- the work ----------------------------------------------------------------------------------------------------
 
@@ -408,7 +354,7 @@ class Session:
         call = self.call
         call.running[layer] = state
         call.taps[layer] = {"input": x}
-        self._remember(layer, x, state)
+        self.remember(layer, x, state)
         if not table.steps:
             return args, kwargs
         return self.host.slice_inputs(args, kwargs, functools.partial(self._positions, table), self._key_bias(table))
@@ -429,7 +375,7 @@ class Session:
             return None
         return torch.cat([bias.new_zeros(bias.shape[0], self.host.info.prefix), bias], dim=1)
 
-    def after(self, layer: int, output: Any) -> Any:
+    def after(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = self.call
         state = call.running.pop(layer)
         method, _ = self.rules.get(layer, (None, None))
@@ -507,26 +453,6 @@ class Seat:
     def __init__(self, session: Session, layer: int) -> None:
         self.session = session
         self.layer = layer
-
-
-class BeforeBlock:
-    """Forward pre-hook of a block. Hooks are top-level classes, so that a patched model copies and pickles."""
-
-    def __init__(self, session: Session, layer: int) -> None:
-        self.session, self.layer = session, layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.session.before(self.layer, args, kwargs)
-
-
-class AfterBlock:
-    """Forward hook of a block."""
-
-    def __init__(self, session: Session, layer: int) -> None:
-        self.session, self.layer = session, layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.session.after(self.layer, output)
 
 
 def _block_class(base: type) -> dict[str, Any]:

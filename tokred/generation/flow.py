@@ -6,6 +6,7 @@ At time t in [0, 1] a sample is x_t = t noise + (1 - t) x_0 and its velocity is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -140,6 +141,7 @@ def sample_sigmas(
     mode_scale: float = 0.25,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
+    shift: float = 1.0,
 ) -> Tensor:
     """Training times (count,) float32 in [0, 1].
 
@@ -147,12 +149,23 @@ def sample_sigmas(
         law: "mode" (Esser et al., arXiv 2403.03206, section 3.1; FlexTok's, with `mode_scale` s = 0.25), "uniform",
             "logit_normal" (mean 0, deviation 1), or "stratified_logit_normal": one time from each of `count` parts of
             equal probability.
+        shift: a of t -> a t / (1 + (a - 1) t), section 5.3.2 of the same: above 1 more of the times are noisy ones,
+            where nothing but the condition says what the picture is.
 
     Raises:
-        InvalidParameterError: an unknown law.
+        InvalidParameterError: an unknown law, or a shift that is not above 0.
     """
     if law not in SIGMA_LAWS:
         raise InvalidParameterError(f"law={law!r}: expected one of {', '.join(SIGMA_LAWS)}")
+    if not 0 < shift < math.inf:
+        raise InvalidParameterError(f"shift={shift!r}: expected a number above 0")
+    times = _times(count, law, mode_scale, generator, device)
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def _times(
+    count: int, law: str, mode_scale: float, generator: torch.Generator | None, device: torch.device | str
+) -> Tensor:
     if law == "stratified_logit_normal":
         u = torch.rand(count, generator=generator, device=device)
         return torch.special.ndtri((torch.arange(count, device=device) + u) / count).sigmoid()
