@@ -323,19 +323,19 @@ def test_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = zoo.bundle("tiny-flextok", runs, into)
     assert {path.name for path in into.iterdir()} == {"tiny_flextok"}
     small, large = (sum(p.stat().st_size for p in zoo._weights(f)) for f in (folder, runs[1] / "model"))
-    assert small < 0.75 * large
+    assert small < 0.6 * large
     again = zoo.tiny_flextok(folder)
     for name, value in made.model.state_dict().items():
         found = again.model.state_dict()[name]
         assert found.dtype == value.dtype
-        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=float(value.abs().max()) / 253)
     assert not again.model.training
     assert json.loads((folder / "training.json").read_text()) == [{"recipe": {"stage": i}} for i in range(2)]
     monkeypatch.setattr(zoo.folder_of, "__defaults__", (into,))
     card = zoo.tokenizer_card("tiny-flextok")
     state = [*made.model.state_dict().values(), *made.vae.state_dict().values()]
     assert card["weights"]["parameters"] == sum(value.numel() for value in state)
-    assert {one["file"].split("/")[0] for one in card["weights"]["files"]} == {"model", "vae"}
+    assert {one["part"] for one in card["weights"]["files"]} == {"model", "vae"}
     zoo.bundle("tiny-flextok", runs[1:], into)  # another run takes its place
     assert len(json.loads((folder / "training.json").read_text())) == 1
     with pytest.raises(InvalidParameterError, match="no finished run"):

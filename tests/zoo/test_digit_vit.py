@@ -12,6 +12,7 @@ import torch
 
 from tokred import zoo
 from tokred.zoo.digit_vit import ARCHITECTURE, WEIGHTS_DIR
+from tokred.zoo.tokenizers import TOKENIZERS
 
 timm = pytest.importorskip("timm")
 WEIGHTS = WEIGHTS_DIR / "digit_vit.safetensors"
@@ -68,7 +69,7 @@ def test_scores_what_the_card_says() -> None:
 def test_unknown_name() -> None:
     backbones = {"digit-dualtoken-vit", "digit-lookup-vit", "digit-strip-mlp"}
     others = {"digit-clip", "digit-video-vlm", "digit-vit", "digit-vlm", "needle-llm"}
-    assert zoo.names() == sorted(backbones | others)
+    assert zoo.names() == sorted(backbones | others | TOKENIZERS.keys())
     for ask in (zoo.load, zoo.card):
         with pytest.raises(ValueError, match="digit-vit"):
             ask("resnet")

@@ -27,7 +27,7 @@ from tokred.data.pictures import PictureBatch, Pictures
 from tokred.generation.flextok import FlexTok, FlexTokModel, sample_keep_k
 from tokred.generation.flextok_ar import FlexTokARConfig, FlexTokARModel
 from tokred.generation.flow import noised, sample_sigmas
-from tokred.generation.training import Objective, checked_fields, read_config, recipe_arguments, run_recipe
+from tokred.generation.training import Objective, checked_fields, read_config, recipe_arguments, run_recipe, trained
 
 STAGES = ("vae", "tokenizer", "generator")
 SECTIONS = ("data", "vae", "model", "generator", "loss", *(f"train_{stage}" for stage in STAGES))
@@ -212,7 +212,7 @@ def objective_of(args: argparse.Namespace, config: dict[str, dict[str, Any]], pi
         )
     if args.tokenizer is None:
         raise InvalidParameterError("--stage generator needs --tokenizer, the folder of a trained FlexTok")
-    flextok = FlexTok.from_pretrained(args.tokenizer)
+    flextok = FlexTok.from_pretrained(trained(args.tokenizer, "--tokenizer"))
     sizes = {"codebook_size": flextok.codebook_size, "num_tokens": flextok.num_tokens}
     return GeneratorObjective(FlexTokARModel(FlexTokARConfig(**sizes, **config["generator"])), flextok, pictures)
 

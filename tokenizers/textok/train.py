@@ -27,7 +27,7 @@ from tokred.generation.textok import TexTok
 from tokred.generation.textok_dit import TexTokDiT1D, make_scheduler
 from tokred.generation.textok_losses import PatchDiscriminator, TexTokLoss, TexTokLossWeights, dit_loss, perceptual_loss
 from tokred.generation.textok_model import TexTokModel, latent_statistics
-from tokred.generation.training import Objective, checked_fields, read_config, recipe_arguments, run_recipe
+from tokred.generation.training import Objective, checked_fields, read_config, recipe_arguments, run_recipe, trained
 
 STAGES = ("tokenizer", "generator")
 SECTIONS = ("data", "text", "model", "generator", "loss", *(f"train_{stage}" for stage in STAGES))
@@ -203,7 +203,7 @@ def objective_of(args: argparse.Namespace, config: dict[str, dict[str, Any]], pi
             raise InvalidParameterError(
                 "--stage generator needs --tokenizer, the folder of a trained TexTok, or --grid"
             )
-        textok = TexTok.from_pretrained(args.tokenizer)
+        textok = TexTok.from_pretrained(trained(args.tokenizer, "--tokenizer"))
         sizes = {"num_tokens": textok.num_tokens, "latent_dim": textok.model.config.latent_dim}
         return GeneratorObjective(TexTokDiT1D(**sizes, **config["generator"]), textok, pictures)
     with_text = config["text"]["use"]

@@ -36,7 +36,7 @@ from tokred.core.errors import InvalidParameterError, UnknownParameterError, nea
 from tokred.data.pictures import Pictures, open_pictures
 from tokred.generation.images import to_pil
 
-__all__ = ["Objective", "Plan", "fit", "picture_sheet", "read_config", "recipe_arguments", "run_recipe"]
+__all__ = ["Objective", "Plan", "fit", "picture_sheet", "read_config", "recipe_arguments", "run_recipe", "trained"]
 
 
 @dataclass(frozen=True)
@@ -386,6 +386,19 @@ def read_config(path: str | Path, sections: Sequence[str]) -> dict[str, dict[str
         given = sorted(config) if isinstance(config, dict) else type(config).__name__
         raise InvalidParameterError(f"{path}: expected the sections {', '.join(sections)}, each a mapping; got {given}")
     return config
+
+
+def trained(folder: Path, option: str) -> Path:
+    """`folder`, of a saved tokenizer.
+
+    Raises:
+        InvalidParameterError: it holds none.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise InvalidParameterError(
+            f"{option} {folder}: no saved tokenizer there; expected RUN/model of a finished run"
+        )
+    return folder
 
 
 def recipe_arguments(description: str | None, stages: Sequence[str]) -> argparse.ArgumentParser:

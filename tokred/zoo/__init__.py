@@ -7,6 +7,7 @@
     model, preprocess, tokenizer = tokred.zoo.load("digit-clip")  # an open_clip CLIP
     model, tokenizer = tokred.zoo.load("needle-llm")         # a Llama
     model = tokred.zoo.load("digit-lookup-vit")              # "digit-strip-mlp", "digit-dualtoken-vit": backbones
+    tokenizer = tokred.zoo.load("tiny-flextok")              # "tiny-textok": image tokenizers, with generators
     tokred.zoo.card("digit-vit")["accuracy"]                 # how it was made and what it scores
 """
 
@@ -22,7 +23,17 @@ from tokred.zoo.digit_vit import DATA_CONFIG as DIGIT_VIT_DATA_CONFIG
 from tokred.zoo.digit_vit import digit_vit, digit_vit_card
 from tokred.zoo.digit_vlm import answer_text, digit_video_vlm, digit_vlm, digit_vlm_card, question_prompt
 from tokred.zoo.needle_llm import needle_llm, needle_llm_card
+from tokred.zoo.tokenizers import (
+    TOKENIZERS,
+    tiny_flextok,
+    tiny_flextok_ar,
+    tiny_textok,
+    tiny_textok_grid,
+    tiny_textok_no_text,
+    tokenizer_card,
+)
 
+_TOKENIZERS = (tiny_flextok, tiny_flextok_ar, tiny_textok, tiny_textok_no_text, tiny_textok_grid)
 _MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "digit-clip": (digit_clip, digit_clip_card),
     "digit-video-vlm": (digit_video_vlm, digit_vlm_card),
@@ -30,6 +41,7 @@ _MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "digit-vlm": (digit_vlm, digit_vlm_card),
     "needle-llm": (needle_llm, needle_llm_card),
     **{name: (partial(digit_backbone, name), partial(digit_backbone_card, name)) for name in BACKBONES},
+    **{name: (load, partial(tokenizer_card, name)) for name, load in zip(TOKENIZERS, _TOKENIZERS, strict=True)},
 }
 
 __all__ = [
@@ -45,6 +57,11 @@ __all__ = [
     "names",
     "needle_llm",
     "question_prompt",
+    "tiny_flextok",
+    "tiny_flextok_ar",
+    "tiny_textok",
+    "tiny_textok_grid",
+    "tiny_textok_no_text",
 ]
 
 
@@ -64,7 +81,8 @@ def load(name: str) -> Any:
 
     Returns what the function of that name returns: ``"digit-vit"`` the model; ``"digit-vlm"`` and
     ``"digit-video-vlm"`` (two forms of the same weights) the model and its processor; ``"digit-clip"`` the model, its
-    image transform and its tokenizer; ``"needle-llm"`` the model and its tokenizer; the backbones the model.
+    image transform and its tokenizer; ``"needle-llm"`` the model and its tokenizer; the backbones, tokenizers and
+    generators the model.
     """
     return _entry(name)[0]()
 

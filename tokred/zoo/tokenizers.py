@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokred.core.budget import check_choice
 from tokred.core.errors import InvalidParameterError
+from tokred.zoo.packed import expanded, pack
 
 if TYPE_CHECKING:
     from tokred.generation.flextok import FlexTok
@@ -87,7 +89,8 @@ def tiny_flextok_ar(folder: Path = WEIGHTS / "tiny_flextok_ar") -> FlexTokARMode
     from tokred.generation.flextok_ar import FlexTokARModel
 
     _present(folder, MODEL)
-    return FlexTokARModel.from_pretrained(folder, dtype="float32", local_files_only=True).eval()
+    with expanded(folder) as plain:
+        return FlexTokARModel.from_pretrained(plain, dtype="float32", local_files_only=True).eval()
 
 
 def tiny_textok(folder: Path = WEIGHTS / "tiny_textok") -> TexTok:
@@ -110,16 +113,25 @@ def tiny_textok_grid(folder: Path = WEIGHTS / "tiny_textok_grid") -> TexTokDiT1D
     from tokred.generation.textok_dit import TexTokDiT1D
 
     _present(folder, MODEL)
-    found = TexTokDiT1D.from_pretrained(folder, local_files_only=True).eval()
+    with expanded(folder) as plain:
+        found = TexTokDiT1D.from_pretrained(plain, local_files_only=True).eval()
     nn.Module.to(found, torch.float32)
     return found
 
 
 def _pipeline(cls: Any, folder: Path) -> Any:
     import torch
+    from diffusers.utils import logging
     from torch import nn
 
-    found = cls.from_pretrained(_present(folder, PIPELINE), local_files_only=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # three small files need none
+    try:
+        with expanded(_present(folder, PIPELINE)) as plain:
+            found = cls.from_pretrained(plain, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     for part in found.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, torch.float32)  # diffusers' own `to` warns of parts to keep as they are; there are none
@@ -145,7 +157,8 @@ def open_tokenizer(model: str) -> tuple[FlexTok | TexTok, str]:
     if kind not in readers:
         raise InvalidParameterError(f"{folder} holds a {kind}: expected one of {', '.join(readers)}")
     try:
-        return readers[kind](folder), fingerprint(folder)
+        with expanded(folder) as plain:
+            return readers[kind](plain), fingerprint(plain)
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidParameterError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
@@ -179,7 +192,7 @@ def tokenizer_card(name: str) -> dict[str, Any]:
 
 
 def bundle(name: str, runs: Sequence[Path], into: Path = WEIGHTS) -> Path:
-    """Copy the model of the last of `runs` with float16 weights; returns its folder, which appears whole or not at all.
+    """Copy the model of the last of `runs` with packed weights; returns its folder, which appears whole or not at all.
 
     Args:
         name: of `TOKENIZERS`. runs: folders of `tokred.generation.training.fit`, in the order in which they ran: a
@@ -198,12 +211,16 @@ def bundle(name: str, runs: Sequence[Path], into: Path = WEIGHTS) -> Path:
     with tempfile.TemporaryDirectory(dir=into) as temporary:
         made = Path(temporary) / target.name
         shutil.copytree(runs[-1] / "model", made)
-        weights = [_halve(path) | {"file": path.relative_to(made).as_posix()} for path in _weights(made)]
+        weights = [{**_pack(path), "part": path.parent.relative_to(made).as_posix()} for path in _weights(made)]
         card = {
             "name": name,
             "task": TOKENIZERS[name],
             "data": "tokred.data.cards: handwritten digits of scikit-learn on photographs of scikit-image",
-            "weights": {"dtype": "float16", "files": weights, "parameters": sum(w["parameters"] for w in weights)},
+            "weights": {
+                "dtype": "int8 by rows (tokred.zoo.packed)",
+                "files": weights,
+                "parameters": sum(w["parameters"] for w in weights),
+            },
             "training": {"command": "python tokenizers/{flextok,textok}/train.py", "records": "training.json"},
             "measured": "tokred bench --task tokenize",
         }
@@ -221,19 +238,18 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
-def _halve(path: Path) -> dict[str, Any]:
-    """Write floats of a safetensors file as float16, and keep its notes; size, digest and number of parameters."""
+def _pack(path: Path) -> dict[str, Any]:
+    """Pack a file of weights; its new size and name, and the number of parameters."""
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
 
     with safe_open(path, "pt") as opened:
-        notes = opened.metadata()
-    state = load_file(path)
-    save_file({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, path, notes)
+        parameters = sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
+    packed = pack(path)
     return {
-        "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "parameters": sum(value.numel() for value in state.values()),
+        "file": packed.name,
+        "bytes": packed.stat().st_size,
+        "sha256": hashlib.sha256(packed.read_bytes()).hexdigest(),
+        "parameters": parameters,
     }
 
 
