@@ -10,7 +10,7 @@ ARGS   ?=
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help python venv-demo venv install demo lint format docs-hosts test test-all wheel clean
+.PHONY: help python venv-demo venv install demo lint format docs docs-hosts test test-all wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ lint: venv ## ruff (rules and format) and mypy
 format: venv ## rewrite the tree as `make lint` wants it
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+docs: venv ## build the documentation site into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs-hosts: venv ## write docs/hosts.md, the page of models and refusals, from the code
 	$(BIN)/python -m tokred.eval.hosts_page > docs/hosts.md

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from tools import bootstrap
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"timm", "openclip", "transformers", "diffusers", "video", "train", "demo", "eval", "dev", "all"}
+EXTRAS = {"timm", "openclip", "transformers", "diffusers", "video", "train", "demo", "eval", "docs", "dev", "all"}
 FLOORS = {
     "torch": {">=2.8"},
     "timm": {">=1.0.20", ">=1.0.21"},  # training needs its Muon

@@ -432,7 +432,7 @@ def _flops(given: argparse.Namespace) -> None:
 
 # -- encode, decode ----------------------------------------------------------------------------------------------------
 
-_MODEL = "flextok or textok, the bundled ones, or the folder of a saved FlexTok or TexTok"
+_MODEL = "flextok, textok, tokenflow or vq, the bundled ones, or the folder of a saved tokenizer"
 
 
 def _add_encode(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -454,7 +454,12 @@ def _add_encode(commands: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument("image", metavar="IMAGE", help="a path, or: demo (a held-out card)")
     made.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the token file")
     made.add_argument("--model", default="flextok", help=f"{_MODEL} (default: %(default)s)")
-    made.add_argument("--num-tokens", type=int, metavar="K", help="so many first tokens (FlexTok; default: all)")
+    made.add_argument(
+        "--num-tokens",
+        type=int,
+        metavar="K",
+        help="so many first tokens (FlexTok; TokenFlow: whole scales; default: all)",
+    )
     made.add_argument("--caption", metavar="TEXT", help="what is to be seen (TexTok)")
     made.add_argument("--seed", type=int, default=0, help="of the noise of what is compared (default: %(default)s)")
     made.add_argument("--no-compare", action="store_true", help="write the file and compare nothing")
@@ -487,7 +492,12 @@ def _add_decode(commands: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument("file", type=Path, metavar="FILE", help="what tokred encode wrote")
     made.add_argument("-o", "--out", type=Path, required=True, metavar="IMAGE", help="the picture; its ending counts")
     made.add_argument("--model", help=f"{_MODEL} (default: the bundled one of the file's kind)")
-    made.add_argument("--num-tokens", type=int, metavar="K", help="use so many first tokens (FlexTok; default: all)")
+    made.add_argument(
+        "--num-tokens",
+        type=int,
+        metavar="K",
+        help="use so many first tokens (FlexTok; TokenFlow: whole scales; default: all)",
+    )
     made.add_argument("--steps", type=int, help="of the decoder (FlexTok; default: 25)")
     made.add_argument("--guidance", type=float, metavar="G", help="of the decoder (FlexTok; default: 1, none)")
     made.add_argument("--seed", type=int, help="of the decoder's noise (FlexTok; default: 0)")
@@ -521,9 +531,15 @@ def _decode(given: argparse.Namespace) -> None:
 
 
 def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
-    tasks = commands.add_parser("eval", help="quality of a model of yours: reconstruct").add_subparsers(
+    from tokred.cli_imagenet import add_imagenet
+    from tokred.cli_vqa import add_needle, add_vqa
+
+    tasks = commands.add_parser("eval", help="quality of a model of yours: imagenet, reconstruct").add_subparsers(
         dest="what", metavar="TASK", required=True
     )
+    add_imagenet(tasks, common)
+    add_vqa(tasks, common)
+    add_needle(tasks, common)
     made = _add(
         tasks,
         common,

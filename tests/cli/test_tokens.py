@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tokred.zoo
 from tests.cli.test_cli import refused, run
 
 pytest.importorskip("diffusers")
@@ -91,11 +92,54 @@ def test_latents_there_and_back(capsys: pytest.CaptureFixture[str], root: Path, 
     assert load_tokens(out).caption is None
 
 
+@pytest.mark.parametrize(("name", "kept", "count"), [("tokenflow", 5, 21), ("vq", None, 16)])
+def test_codes_there_and_back(
+    capsys: pytest.CaptureFixture[str], root: Path, picture: str, tmp_path: Path, name: str, kept: int, count: int
+) -> None:
+    model, out = str(root / f"tiny_{name}"), tmp_path / "card.ftk"
+    code, text, err = run(capsys, "encode", picture, "-o", str(out), "--model", model, "--json")
+    assert code == 0, err
+    assert json.loads(text)["tokens"] == [count]
+    tokenizer, made_by = zoo.open_tokenizer(model)
+    with Image.open(picture) as image:
+        wanted = tokenizer.encode(to_pixels(image, 32))[0]
+    held = load_tokens(out, fingerprint=made_by)
+    assert torch.equal(held.tokens, wanted)
+    again = tmp_path / "again.png"
+    further = [] if kept is None else ["--num-tokens", str(kept)]
+    code, text, err = run(capsys, "decode", str(out), "-o", str(again), "--model", model, *further, "--json")
+    assert code == 0, err
+    assert json.loads(text)["tokens"] == (kept or count)
+    with Image.open(again) as found:
+        assert found.tobytes() == to_pil(tokenizer.decode(wanted[None, :kept]))[0].tobytes()
+    for option in ("--steps", "--seed"):
+        assert "does not sample" in refused(
+            capsys, "decode", str(out), "-o", str(tmp_path / "x.png"), "--model", model, option, "3"
+        )
+    says = "always takes 16" if kept is None else "3"
+    assert says in refused(capsys, "encode", picture, "-o", str(out), "--model", model, "--num-tokens", "3")
+    code, out_text, err = run(
+        capsys, "eval", "reconstruct", "--model", model, "--count", "3", "--batch", "2", "--out", str(tmp_path)
+    )
+    assert code == 0, err
+    assert ("up to 4 x 4" if kept else "16 codes") in out_text
+    assert ("Paper says" in out_text) == (name == "tokenflow")
+
+
+def test_a_tokenflow_and_its_pipeline_are_one_tokenizer(root: Path, tmp_path: Path) -> None:
+    tokenizer, made_by = zoo.open_tokenizer(str(root / "tiny_tokenflow"))
+    tokenizer.save_pretrained(tmp_path / "alone")
+    again, same = zoo.open_tokenizer(str(tmp_path / "alone"))
+    assert type(again) is type(tokenizer)
+    assert same == made_by
+    assert zoo.open_tokenizer(str(root / "tiny_vq"))[1] != made_by
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["missing.png"], "no picture at"),
-        (["IMAGE", "--model", "nonsense"], "expected flextok, textok, or the folder"),
+        (["IMAGE", "--model", "nonsense"], "expected flextok, textok, tokenflow, vq, or the folder"),
         (["IMAGE", "--model", "ROOT"], "model_index.json is missing"),
         (["IMAGE", "--num-tokens", "5"], "num_tokens=5: expected a whole number from 1 to 4"),
         (["IMAGE", "--num-tokens", "0"], "num_tokens=0"),
@@ -184,8 +228,9 @@ def test_bench(capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path) -
     assert code == 0, err
     results = json.loads(out)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert set(results["files"]) == {"results", "reconstruct", "generate", "captions", "grid"}
-    for name in bench_tokenize.EXPERIMENTS:
+    pictured = set(bench_tokenize.EXPERIMENTS) - {"questions"}
+    assert set(results["files"]) == {"results"} | pictured
+    for name in pictured:
         with Image.open(results["files"][name]) as sheet:
             assert sheet.width > 2 * 96
             assert sheet.height > 8 * 96
@@ -206,12 +251,21 @@ def test_bench(capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path) -
     assert short["step_gmacs"] < grid["step_gmacs"]
     assert short["limit"] == pytest.approx(grid["gmacs"] / short["gmacs"])
     assert short["speedup"] > 0
-    for experiment in found.values():
-        for row in [*experiment["rows"], experiment["cards"]]:
+    rows = found["scales"]["rows"]
+    assert [(row["label"], row["tokens"]) for row in rows] == [
+        ("up to 1 x 1", 1),
+        ("up to 2 x 2", 5),
+        ("up to 4 x 4", 21),
+    ]
+    assert all(0 <= row["drawn_agreement"] <= 1 for row in rows)
+    assert [row["label"] for row in found["questions"]["rows"]] == ["both halves", "semantic half", "pixel half"]
+    assert [row["steps"] for row in found["windows"]["rows"]] == [16, 4, 1]
+    for name in set(found) - {"questions"}:
+        for row in [*found[name]["rows"], found[name]["cards"]]:
             assert 0 <= row["agreement"] <= 1
     table = bench_tokenize.show(results)
     assert max(map(len, table.splitlines())) <= 120
-    for name in ("RECONSTRUCT", "GENERATE", "CAPTIONS", "GRID", "the cards", "twin without text", "speed-up"):
+    for name in (*map(str.upper, bench_tokenize.EXPERIMENTS), "the cards", "twin without text", "speed-up"):
         assert name in table
 
 
@@ -346,6 +400,26 @@ def test_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         zoo.tiny_textok(tmp_path)
 
 
+def test_what_another_model_holds_is_left_out(root: Path, tmp_path: Path) -> None:
+    """A LLaVA of the tokenizer's codes is bundled without the tokenizer, and gets it back when it is loaded."""
+    import shutil
+
+    run_of = tmp_path / "run"
+    run_of.mkdir()
+    (run_of / "config.json").write_text("{}")
+    shutil.copytree(root / "tiny_tokenflow_qa_both", run_of / "model")
+    folder = zoo.bundle("tiny-tokenflow-qa-both", [run_of], tmp_path / "weights")
+    from safetensors import safe_open
+
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as opened:
+        assert not [name for name in opened.keys() if "vision_tower.tokenizer" in name]  # noqa: SIM118
+    found = zoo.tiny_tokenflow_qa("both", folder, root / "tiny_tokenflow").state_dict()
+    wanted = zoo.tiny_tokenflow_qa("both", root / "tiny_tokenflow_qa_both", root / "tiny_tokenflow").state_dict()
+    for name, value in wanted.items():
+        exact = "vision_tower.tokenizer" in name
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0 if exact else float(value.abs().max()) / 200)
+
+
 def test_fingerprints_name_the_content(root: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -373,7 +447,7 @@ def test_bundled(name: str) -> None:
     card = zoo.tokenizer_card(name)
     assert card["weights"]["parameters"] > 10_000
     assert sum(one["bytes"] for one in card["weights"]["files"]) < 6_000_000
-    model = getattr(zoo, name.replace("-", "_"))()
+    model = tokred.zoo.load(name)
     parts = [part for part in getattr(model, "components", {"model": model}).values() if hasattr(part, "parameters")]
     assert parts
     for part in parts:

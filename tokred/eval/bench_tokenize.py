@@ -1,8 +1,8 @@
 """`tokred bench --task tokenize`: the bundled image tokenizers and their generators on held-out cards.
 
-Four experiments, which `--methods` chooses from: what the first tokens of a FlexTok give back; whether the digit that
-its generator was asked for is to be seen in so many tokens; what a TexTok gains by the caption; and its generator on N
-tokens beside the same one on the grid of patches.
+Experiments, which `--methods` chooses from: what the first tokens of a FlexTok give back; whether the digit that its
+generator was asked for is to be seen in so many tokens; what a TexTok gains by the caption; its generator on N tokens
+beside the same one on the grid of patches; and those of `tokred.eval.bench_codes`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokred.core.errors import InvalidParameterError, UnknownMethodError, UnknownParameterError, nearest
 from tokred.data.cards import DIGIT_WORDS, Cards, DigitCards, on_scene
 from tokred.data.pictures import PictureBatch
+from tokred.eval import bench_codes
 from tokred.eval.bench import TASKS, BenchOptions, Progress, require
 from tokred.eval.reconstruction import Measured, alone, cells, flextok_ways, measure, sheet, textok_ways
 from tokred.eval.report import Panel, contact_sheet, dumps, percent, table
@@ -38,7 +39,10 @@ from tokred.generation.images import to_pil
 from tokred.generation.patches import unpatchify
 from tokred.zoo import tokenizers as zoo
 
-__all__ = ["macs", "run", "show"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Given", "macs", "run", "show"]
 
 TASK = TASKS["tokenize"]
 BATCH = 25
@@ -52,6 +56,7 @@ EXPERIMENTS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     ),
     "captions": (("tiny-textok",), {}),
     "grid": (("tiny-textok",), {"num_inference_steps": 25, "guidance_scale": 1.5}),
+    **bench_codes.EXPERIMENTS,
 }
 #: Left out of an experiment, not of the run, where there is none.
 OPTIONAL = {"captions": "tiny-textok-no-text", "grid": "tiny-textok-grid"}
@@ -68,6 +73,7 @@ LEGEND = {
     "of the class) and on the patches of the card themselves. agreement as above. GMACs: of one step without guidance, "
     "and of a whole picture with it, text encoder and decoder included. ms: of one picture in a batch of "
     f"{TIMED}, median; speed-up: median of interleaved pairs with the grid; limit: ratio of GMACs.",
+    **bench_codes.LEGEND,
 }
 
 
@@ -80,13 +86,13 @@ def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
     options.check_split()
     counts = options.counts("tokens") or tuple(map(int, TASK.levels))
     chosen, settings = _chosen(options)
-    parts = _Parts(options.checkpoint or zoo.WEIGHTS, chosen)
+    parts = Parts(options.checkpoint or zoo.WEIGHTS, chosen)
     flextok = parts.get("tiny-flextok")
     if flextok is not None:
         _check_counts(counts, flextok.num_tokens, options.levels is not None)
         counts = tuple(k for k in counts if k <= flextok.num_tokens)
     cards = _drawn(options, progress)
-    reader = _Reader()
+    reader = Reader()
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "task": "tokenize",
@@ -102,13 +108,14 @@ def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
         "experiments": {},
         "files": {"results": str(options.out / "results.json")},
     }
-    given = _Given(parts, cards, counts, options, reader, progress)
+    given = Given(parts, cards, counts, options, reader, progress)
     for name in chosen:
         found, picture = _RUN[name](given, settings[name])
         results["experiments"][name] = {"settings": settings[name], **found}
-        path = options.out / f"{name}.png"
-        picture.save(path)
-        results["files"][name] = str(path)
+        if picture is not None:
+            path = options.out / f"{name}.png"
+            picture.save(path)
+            results["files"][name] = str(path)
     results["seconds"] = round(time.perf_counter() - began, 1)
     Path(results["files"]["results"]).write_text(dumps(results) + "\n", encoding="utf-8")
     return results
@@ -142,7 +149,7 @@ def _check_counts(counts: Sequence[int], most: int, asked: bool) -> None:
         raise InvalidParameterError(f"--levels {max(counts)}: this FlexTok has {most} tokens")
 
 
-class _Parts:
+class Parts:
     """Models of the zoo, or of the folder of --checkpoint, which is laid out alike; only those that are needed.
 
     Raises:
@@ -150,12 +157,20 @@ class _Parts:
     """
 
     def __init__(self, root: Path, experiments: Sequence[str]) -> None:
+        tokenflow = zoo.folder_of("tiny-tokenflow", root)
         readers: dict[str, Callable[[Path], Any]] = {
             "tiny-flextok": zoo.tiny_flextok,
             "tiny-flextok-ar": zoo.tiny_flextok_ar,
             "tiny-textok": zoo.tiny_textok,
             "tiny-textok-no-text": zoo.tiny_textok_no_text,
             "tiny-textok-grid": zoo.tiny_textok_grid,
+            "tiny-tokenflow": zoo.tiny_tokenflow,
+            "tiny-vq": zoo.tiny_vq,
+            **{f"tiny-shuffle-{size}": partial(zoo.tiny_shuffle, size) for size in zoo.WINDOWS},
+            **{
+                f"tiny-tokenflow-qa-{name}": partial(zoo.tiny_tokenflow_qa, name, tokenflow=tokenflow)
+                for name in zoo.FEATURES
+            },
         }
         needed = dict.fromkeys(part for name in experiments for part in EXPERIMENTS[name][0])
         wished = [OPTIONAL[name] for name in experiments if name in OPTIONAL]
@@ -176,7 +191,7 @@ def _described(folder: Path) -> dict[str, Any]:
     return {"folder": folder.name, "sha256": digest.hexdigest()}
 
 
-class _Reader:
+class Reader:
     """The bundled digit ViT."""
 
     def __init__(self) -> None:
@@ -195,15 +210,35 @@ class _Reader:
         return torch.cat(parts)
 
 
-@dataclass(frozen=True, eq=False)
-class _Given:
-    """What every experiment is given."""
+class _WithDigits:
+    """Ways of giving pictures back, whose pictures are also read."""
 
-    parts: _Parts
+    def __init__(self, ways: Any, reader: Reader) -> None:
+        self.ways, self.reader = ways, reader
+        self.right: dict[str, dict[int, Tensor]] = {}
+
+    def __call__(self, batch: PictureBatch, before: str | None, number: int) -> Any:
+        for made in self.ways(batch, before, number):
+            assert batch.labels is not None
+            self.right.setdefault(made[0], {})[number] = self.reader(made[2]) == batch.labels
+            yield made
+
+    def of(self, label: str) -> Tensor:
+        """(N,) bool: whether the digit was named right, in the order of the pictures."""
+        return torch.cat([part for _, part in sorted(self.right[label].items())])
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What every experiment is given; `batch` cards are worked on at once."""
+
+    batch: ClassVar[int] = BATCH
+
+    parts: Parts
     cards: Cards
     counts: tuple[int, ...]
     options: BenchOptions
-    reader: _Reader
+    reader: Reader
     progress: Progress
 
     @property
@@ -223,6 +258,32 @@ class _Given:
         """Digits to draw, (n,): as many as there are cards, every digit as often but for one."""
         return torch.arange(len(self.cards.images)) % len(DIGIT_WORDS)
 
+    def agreement(self, right: Tensor) -> dict[str, float]:
+        """Share of (n,) bool with its standard error."""
+        found = mean(right)
+        return {"agreement": found.value, "agreement_se": found.error}
+
+    def original(self) -> dict[str, float]:
+        """How often the cards themselves are read right."""
+        return self.agreement(self.reader(self.cards.images) == self.cards.labels)
+
+    def given_back(self, ways: Any, label: str) -> tuple[dict[str, Measured], list[dict[str, Any]]]:
+        """What each way of giving cards back measures, and its rows with the digits that are read."""
+        reading = _WithDigits(ways, self.reader)
+        self.progress.start(label, len(self.cards.images), "cards")
+        found, _ = measure(self.batches, reading, threads=self.options.threads, done=self.progress.advance)
+        rows = [mine.row(name) | self.agreement(reading.of(name)) for name, mine in found.items()]
+        return found, rows
+
+    def by_digit(self, columns: Sequence[Tensor], titles: Sequence[str]) -> Image:
+        """A row a digit; a column a way of drawing it."""
+        panels = []
+        for pictures in columns:
+            seen = enumerate(zip(to_pil(pictures), self.reader(pictures).tolist(), strict=True))
+            panels.append([Panel(one, f"{i}: reads {guess}", guess == i) for i, (one, guess) in seen])
+        rows = [list(row) for row in zip(*panels, strict=True)]
+        return contact_sheet(rows, 96, [(1, title, "") for title in titles])
+
 
 def _drawn(options: BenchOptions, progress: Progress) -> Cards:
     count = options.scenes or TASK.scenes
@@ -232,54 +293,17 @@ def _drawn(options: BenchOptions, progress: Progress) -> Cards:
     return cards
 
 
-def _agreement(right: Tensor) -> dict[str, float]:
-    found = mean(right)
-    return {"agreement": found.value, "agreement_se": found.error}
-
-
 # -- experiments ------------------------------------------------------------------------------------------------------
 
 
-class _WithDigits:
-    """Ways of giving pictures back, whose pictures are also read."""
-
-    def __init__(self, ways: Any, reader: _Reader) -> None:
-        self.ways, self.reader = ways, reader
-        self.right: dict[str, dict[int, Tensor]] = {}
-
-    def __call__(self, batch: PictureBatch, before: str | None, number: int) -> Any:
-        for made in self.ways(batch, before, number):
-            assert batch.labels is not None
-            self.right.setdefault(made[0], {})[number] = self.reader(made[2]) == batch.labels
-            yield made
-
-    def of(self, label: str) -> Tensor:
-        """(N,) bool: whether the digit was named right, in the order of the pictures."""
-        return torch.cat([part for _, part in sorted(self.right[label].items())])
-
-
-def _given_back(given: _Given, ways: Any, label: str) -> tuple[dict[str, Measured], list[dict[str, Any]]]:
-    """What each way measures, and its rows with the digits that are read."""
-    reading = _WithDigits(ways, given.reader)
-    given.progress.start(label, len(given.cards.images), "cards")
-    found, _ = measure(given.batches, reading, threads=given.options.threads, done=given.progress.advance)
-    rows = [mine.row(name) | _agreement(reading.of(name)) for name, mine in found.items()]
-    return found, rows
-
-
-def _original(given: _Given) -> dict[str, float]:
-    """How often the cards themselves are read right."""
-    return _agreement(given.reader(given.cards.images) == given.cards.labels)
-
-
-def _reconstruct(given: _Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def _reconstruct(given: Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     flextok = given.parts.get("tiny-flextok")
     ways = flextok_ways(flextok, given.counts, given.options.seed, with_vae=True, **settings)
-    found, rows = _given_back(given, ways, "FlexTok, giving back")
-    return {"rows": rows, "cards": _original(given)}, sheet(given.batches[0].images[:8], found)
+    found, rows = given.given_back(ways, "FlexTok, giving back")
+    return {"rows": rows, "cards": given.original()}, sheet(given.batches[0].images[:8], found)
 
 
-def _generate(given: _Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def _generate(given: Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     flextok, ar = given.parts.get("tiny-flextok"), given.parts.get("tiny-flextok-ar")
     drawing = {name: settings[name] for name in ("temperature", "top_k")}
     decoding = {name: settings[name] for name in ("num_inference_steps", "guidance_scale")}
@@ -310,39 +334,29 @@ def _generate(given: _Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any
     rows, shown = [], []
     for count, parts in zip(given.counts, zip(*done, strict=True), strict=True):
         pictures = torch.cat(parts)
-        rows.append({"tokens": count, **_agreement(given.reader(pictures) == given.asked)})
+        rows.append({"tokens": count, **given.agreement(given.reader(pictures) == given.asked)})
         shown.append(pictures[: len(DIGIT_WORDS)])
-    found = {"rows": rows, "cards": _original(given), "pictures": len(given.asked)}
+    found = {"rows": rows, "cards": given.original(), "pictures": len(given.asked)}
     titles = [f"{count} token" + "s" * (count > 1) for count in given.counts]
-    return found, _by_digit(shown, titles, given.reader)
+    return found, given.by_digit(shown, titles)
 
 
-def _by_digit(columns: Sequence[Tensor], titles: Sequence[str], reader: _Reader) -> Any:
-    """A row a digit; a column a way of drawing it."""
-    panels = []
-    for pictures in columns:
-        seen = enumerate(zip(to_pil(pictures), reader(pictures).tolist(), strict=True))
-        panels.append([Panel(one, f"{i}: reads {guess}", guess == i) for i, (one, guess) in seen])
-    rows = [list(row) for row in zip(*panels, strict=True)]
-    return contact_sheet(rows, 96, [(1, title, "") for title in titles])
-
-
-def _captions(given: _Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def _captions(given: Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     textok, twin = given.parts.get("tiny-textok"), given.parts.get("tiny-textok-no-text")
     if twin is not None and (twin.num_tokens, twin.image_size) != (textok.num_tokens, textok.image_size):
         raise InvalidParameterError(
             f"tiny_textok_no_text has {twin.num_tokens} tokens of {twin.image_size} pixels, tiny_textok "
             f"{textok.num_tokens} of {textok.image_size}: they cannot be compared"
         )
-    found, rows = _given_back(given, textok_ways(textok, twin), "TexTok, giving back")
+    found, rows = given.given_back(textok_ways(textok, twin), "TexTok, giving back")
     right = found.get("right caption")
     for row in rows:
         if right is not None and row["label"] != "right caption":
             row["vs_right"] = paired(found[row["label"]].psnr, right.psnr).to_dict()
-    return {"rows": rows, "cards": _original(given)}, sheet(given.batches[0].images[:8], found)
+    return {"rows": rows, "cards": given.original()}, sheet(given.batches[0].images[:8], found)
 
 
-def _grid(given: _Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def _grid(given: Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     textok, grid = given.parts.get("tiny-textok"), given.parts.get("tiny-textok-grid")
     draws = {"1-D": lambda labels, generator: _draw_tokens(textok, labels, generator, settings)}
     dits = {"1-D": textok.generator}
@@ -367,17 +381,17 @@ def _grid(given: _Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], A
                 "kind": name,
                 "tokens": n,
                 "parameters": sum(p.numel() for p in dit.parameters()),
-                **_agreement(given.reader(pictures) == given.asked),
+                **given.agreement(given.reader(pictures) == given.asked),
                 "step_gmacs": macs(partial(dit, one, 0.0, label)) / 1e9,
                 "gmacs": macs(partial(draw, label, torch.Generator().manual_seed(0))) / 1e9,
             }
         )
     _add_times(given, draws, rows)
     titles = [row["label"] for row in rows]
-    return {"rows": rows, "cards": _original(given)}, _by_digit(shown, titles, given.reader)
+    return {"rows": rows, "cards": given.original()}, given.by_digit(shown, titles)
 
 
-def _add_times(given: _Given, draws: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+def _add_times(given: Given, draws: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
     """Milliseconds of a picture, and the speed-up over the grid where there is one."""
     labels = torch.arange(TIMED) % len(DIGIT_WORDS)
 
@@ -451,11 +465,12 @@ def macs(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 2
 
 
-_RUN: dict[str, Callable[[_Given, Mapping[str, Any]], tuple[dict[str, Any], Any]]] = {
+_RUN: dict[str, Callable[[Given, Mapping[str, Any]], tuple[dict[str, Any], Any]]] = {
     "reconstruct": _reconstruct,
     "generate": _generate,
     "captions": _captions,
     "grid": _grid,
+    **bench_codes.RUN,
 }
 
 
@@ -520,4 +535,5 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], _Table]] = {
     "generate": _draw_table,
     "captions": _back_table,
     "grid": _grid_table,
+    **bench_codes.TABLES,
 }

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import secrets
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,13 +122,13 @@ def encode_file(
     tokenizer, made_by = open_tokenizer(model)
     pixels = to_pixels(image, tokenizer.image_size)
     discrete = tokenizer.codebook_size is not None
+    if not tokenizer.prefixes and num_tokens not in (None, tokenizer.num_tokens):
+        raise InvalidParameterError(f"--num-tokens {num_tokens}: {model} always takes {tokenizer.num_tokens}")
     if discrete:
         if caption is not None:
             raise InvalidParameterError(f"--caption: {model} reads no text")
-        tokens = tokenizer.encode(pixels, num_tokens)
+        tokens = tokenizer.encode(pixels, *([num_tokens] if tokenizer.prefixes else []))
     else:
-        if num_tokens not in (None, tokenizer.num_tokens):
-            raise InvalidParameterError(f"--num-tokens {num_tokens}: {model} always takes {tokenizer.num_tokens}")
         tokens = tokenizer.encode(pixels, _caption(tokenizer, model, caption), truncate=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     form: dict[str, Any] = {"codebook_size": tokenizer.codebook_size} if discrete else {"caption": caption}
@@ -145,7 +146,7 @@ def encode_file(
     }
     if compare:
         picture = to_pil(pixels)[0]
-        again = to_pil(_decoded(tokenizer, model, written, None, None, seed if discrete else None, None))[0]
+        again = to_pil(_decoded(tokenizer, model, written, None, None, seed if _samples(tokenizer) else None, None))[0]
         found["psnr"] = _psnr(again, picture)
         found["compared"] = [as_good(picture, other, found["psnr"]) for other in FORMATS]
     return found
@@ -164,7 +165,7 @@ def decode_file(
     """Write the picture of a token file; what was written (JSON types).
 
     Args:
-        model: which tokenizer made it; None is the bundled one of its kind. Another than the file's is an error.
+        model: which tokenizer made it; None is the bundled one that did. Another than the file's is an error.
         steps, guidance, seed: of a decoder that samples; None is 25, 1 and 0.
         num_tokens: use so many first tokens. allow_truncated: read what is left of a file that was cut short.
 
@@ -183,7 +184,7 @@ def decode_file(
     if form not in Image.SAVE:
         raise InvalidParameterError(f"--out {out}: unknown file extension {out.suffix!r}; expected .png, .jpg or such")
     known = load_tokens(file, allow_truncated=allow_truncated)
-    name = model or ("textok" if known.bits is None else "flextok")
+    name = model or ("textok" if known.bits is None else _maker(known.crc))
     tokenizer, made_by = open_tokenizer(name)
     if (tokenizer.codebook_size is None) != (known.bits is None):
         held = "latents" if known.bits is None else "ids"
@@ -210,6 +211,23 @@ def decode_file(
     }
 
 
+def _samples(tokenizer: Any) -> bool:
+    """Whether its decoder draws noise and takes steps."""
+    from tokred.generation.flextok import FlexTok
+
+    return isinstance(tokenizer, FlexTok)
+
+
+def _maker(crc: int) -> str:
+    """The bundled tokenizer of ids whose fingerprint has this checksum; flextok where none has."""
+    from tokred.zoo.tokenizers import SHORT, fingerprint_of, folder_of
+
+    for name in ("tokenflow", "vq"):
+        if folder_of(SHORT[name]).is_dir() and zlib.crc32(fingerprint_of(name).encode()) == crc:
+            return name
+    return "flextok"
+
+
 def _caption(tokenizer: Any, model: str, caption: str | None) -> str | None:
     config = tokenizer.model.config
     if caption is not None and not (config.text_in_encoder or config.text_in_decoder):
@@ -227,7 +245,7 @@ def _decoded(
     num_tokens: int | None,
 ) -> torch.Tensor:
     """The picture (1, 3, H, W) of what a file holds."""
-    if held.bits is not None:
+    if _samples(tokenizer):
         height, width = held.image_size
         return tokenizer.decode(
             held.tokens[None],
@@ -239,7 +257,7 @@ def _decoded(
             width=width,
         )
     given = {"steps": steps, "guidance": guidance, "seed": seed}
-    if num_tokens not in (None, len(held.tokens)):
+    if not tokenizer.prefixes and num_tokens not in (None, len(held.tokens)):
         raise InvalidParameterError(f"--num-tokens {num_tokens}: {model} decodes all {len(held.tokens)} of a picture")
     for name, value in given.items():
         if value is not None:
@@ -249,6 +267,8 @@ def _decoded(
             f"the file is of {held.image_size[0]} x {held.image_size[1]} pixels, {model} makes "
             f"{tokenizer.image_size} x {tokenizer.image_size}"
         )
+    if held.bits is not None:
+        return tokenizer.decode(held.tokens[None], *([num_tokens] if tokenizer.prefixes else []))
     return tokenizer.decode(held.tokens[None], _caption(tokenizer, model, held.caption), truncate=False)
 
 

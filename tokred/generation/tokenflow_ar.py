@@ -1,9 +1,9 @@
 """TokenFlow's generator: a language model that writes the codes of a picture scale by scale, from coarse to fine.
 
-Qu et al., TokenFlow, arXiv 2412.03069, and the released code; structure of `shared/specs/tokenflow.md`, section 7. After
-a prompt, one pass of the model gives all codes of the next scale at once: the last word of the prompt predicts the 1x1
-scale, and what is read at the places of scale k is the sum of the scales before it, resized to s_k x s_k and projected.
-Attention is causal, and free inside a scale.
+Qu et al., TokenFlow, arXiv 2412.03069, and the released code; structure of `shared/specs/tokenflow.md`, section 7.
+After a prompt, one pass of the model gives all codes of the next scale at once: the last word of the prompt predicts
+the 1x1 scale, and what is read at the places of scale k is the sum of the scales before it, resized to s_k x s_k and
+projected. Attention is causal, and free inside a scale.
 
 The body is transformers' `Exaone4ForCausalLM`, which has the residual order and the norms of queries and keys of the
 released model. Codes become features by the tokenizer's `lookup` (`tokred.generation.tokenflow`), which is given to the
@@ -30,6 +30,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks for the base that loads in this module
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -46,14 +47,14 @@ GUIDANCE = ("linear", "constant")
 class TokenFlowARConfig(Exaone4Config):
     """Sizes of a `TokenFlowARModel`; the defaults are those of the released 7B text-to-image model.
 
-    The further fields are those of `Exaone4Config`; heads of keys follow the heads, attention is never windowed.
+    The further fields are those of `Exaone4Config`; attention is never windowed.
 
     Args:
         scales: sides s_1 < s_2 < ... of the tokenizer's scales; s_1 is 1, the last word predicts it.
         codebook_size: codes K that there are. code_dim: width D of a code's features (semantic and pixel half).
         image_token_start: id of code 0; the ids of texts are below it, or behind the last code.
         vocab_size: ids that the model predicts; 32000 words, [PAD] and the codes in the released one (UNVERIFIED).
-        head_dim: None is `hidden_size` / `num_attention_heads`.
+        head_dim: None is `hidden_size` / `num_attention_heads`. num_key_value_heads: 0 is `num_attention_heads`.
         qk_norm_eps: epsilon of the norms of queries and keys, other than that of the blocks, `rms_norm_eps`.
 
     Raises:
@@ -64,8 +65,10 @@ class TokenFlowARConfig(Exaone4Config):
 
     vocab_size: int = 64769
     intermediate_size: int = 11008
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int = 0
     sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    rope_parameters: Any = None
     bos_token_id: int | None = 1
     pad_token_id: int | None = 32000
     scales: list[int] | tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14, 16)
@@ -77,14 +80,12 @@ class TokenFlowARConfig(Exaone4Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.scales = list(self.scales)
-        if self.num_key_value_heads is None:
+        if self.num_key_value_heads == 0:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        if self.layer_types is None:
-            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.layer_types = self.layer_types or ["full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         for name in ("hidden_size", "num_hidden_layers", "codebook_size", "code_dim", "image_token_start"):
             if getattr(self, name) < 1:
@@ -94,8 +95,8 @@ class TokenFlowARConfig(Exaone4Config):
             raise InvalidParameterError(f"scales={self.scales}: expected sides that grow, of which the first is 1")
         if self.image_token_start + self.codebook_size > self.vocab_size:
             raise InvalidParameterError(
-                f"vocab_size={self.vocab_size}: the {self.codebook_size} codes from id {self.image_token_start} on need "
-                f"at least {self.image_token_start + self.codebook_size}"
+                f"vocab_size={self.vocab_size}: {self.codebook_size} codes from id {self.image_token_start} on need at "
+                f"least {self.image_token_start + self.codebook_size}"
             )
 
     @property
@@ -140,8 +141,8 @@ def _sums(codes: Tensor, scales: Sequence[int], lookup: Lookup) -> Iterator[tupl
 def next_scale_features(codes: Tensor, scales: Sequence[int], lookup: Lookup, refined: int | None = None) -> Tensor:
     """What the model reads for the scales after the first: (B, n, D) float, scale by scale.
 
-    The running sum is resized from each scale to the next (specification, section 7): that is not the resized sum of the
-    decoder.
+    The running sum is resized from each scale to the next (specification, section 7): that is not the resized sum of
+    the decoder.
 
     Args:
         codes: (B, o_m) int64 of the first m scales; the result then has the places of scales 2 .. m + 1.
@@ -196,8 +197,8 @@ def visible_positions(text_mask: Tensor, levels: Sequence[int], tail: int = 0) -
 class TokenFlowARModel(Exaone4ForCausalLM):
     """Codes of pictures from prompts (`shared/specs/tokenflow.md`, section 7).
 
-    `generate` draws codes (B, N); `forward` is the pass of training, with the loss. A prompt is any text: for a class it
-    is the word of the class. `from_official` reads the released layout.
+    `generate` draws codes (B, N); `forward` is the pass of training, with the loss. A prompt is any text: for a class
+    it is the word of the class. `from_official` reads the released layout.
     """
 
     config: TokenFlowARConfig
@@ -266,16 +267,12 @@ class TokenFlowARModel(Exaone4ForCausalLM):
         output = CausalLMOutputWithPast(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 
-    def embed(
-        self, input_ids: Tensor, image_features: Tensor | None = None, tail_ids: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, input_ids: Tensor, image_features: Tensor | None = None, tail_ids: Tensor | None = None) -> Tensor:
         """What enters the first block: (B, T + n, D_h), and 1 + R places more with a tail. Arguments of `forward`."""
         words, _ = self._checked_prompt("input_ids", input_ids, None)
         return self._embedded(words, image_features, tail_ids)[0]
 
-    def _embedded(
-        self, words: Tensor, features: Tensor | None, tail_ids: Tensor | None
-    ) -> tuple[Tensor, list[int]]:
+    def _embedded(self, words: Tensor, features: Tensor | None, tail_ids: Tensor | None) -> tuple[Tensor, list[int]]:
         """Inputs of the body, and the levels of the picture's places, the last word's first."""
         parts, levels = [self._words(words)], [1]
         if features is not None:
@@ -289,7 +286,9 @@ class TokenFlowARModel(Exaone4ForCausalLM):
                 )
             self._check_ids("tail_ids", tail_ids)
             after = self.model.embed_tokens(tail_ids.to(words.device))
-            parts.append(F.pad(after, (0, 0, 1, 0)) + self.level_embed.weight[0])  # zeros in the last place (as released)
+            parts.append(
+                F.pad(after, (0, 0, 1, 0)) + self.level_embed.weight[0]
+            )  # zeros in the last place (as released)
         return torch.cat(parts, dim=1), levels
 
     def _words(self, ids: Tensor) -> Tensor:
@@ -300,7 +299,7 @@ class TokenFlowARModel(Exaone4ForCausalLM):
     def _places(self, features: Tensor, scale: int | None = None) -> Tensor:
         """Inputs (B, n, D_h) of the scales from the second on, or of one scale alone (index from 0)."""
         sides, ends = self.config.scales, self.config.ends
-        x = self.projector(features.to(self.projector[0].weight))
+        x = self.projector(features.to(self.level_embed.weight))
         start = 1 if scale is None else ends[scale - 1]
         level = torch.cat([torch.full((side * side,), k + 1) for k, side in enumerate(sides)]).to(x.device)
         rows = slice(start, start + x.shape[1])

@@ -7,7 +7,7 @@
     model, preprocess, tokenizer = tokred.zoo.load("digit-clip")  # an open_clip CLIP
     model, tokenizer = tokred.zoo.load("needle-llm")         # a Llama
     model = tokred.zoo.load("digit-lookup-vit")              # "digit-strip-mlp", "digit-dualtoken-vit": backbones
-    tokenizer = tokred.zoo.load("tiny-flextok")              # "tiny-textok": image tokenizers, with generators
+    tokenizer = tokred.zoo.load("tiny-flextok")              # also tiny-textok, tiny-tokenflow, tiny-vq
     tokred.zoo.card("digit-vit")["accuracy"]                 # how it was made and what it scores
 """
 
@@ -27,13 +27,27 @@ from tokred.zoo.tokenizers import (
     TOKENIZERS,
     tiny_flextok,
     tiny_flextok_ar,
+    tiny_shuffle,
     tiny_textok,
     tiny_textok_grid,
     tiny_textok_no_text,
+    tiny_tokenflow,
+    tiny_tokenflow_qa,
+    tiny_vq,
     tokenizer_card,
 )
 
-_TOKENIZERS = (tiny_flextok, tiny_flextok_ar, tiny_textok, tiny_textok_no_text, tiny_textok_grid)
+_TOKENIZERS: tuple[Callable[[], Any], ...] = (
+    tiny_flextok,
+    tiny_flextok_ar,
+    tiny_textok,
+    tiny_textok_no_text,
+    tiny_textok_grid,
+    tiny_tokenflow,
+    *(partial(tiny_tokenflow_qa, features) for features in ("both", "semantic", "pixel")),
+    tiny_vq,
+    *(partial(tiny_shuffle, window) for window in (1, 2, 4)),
+)
 _MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "digit-clip": (digit_clip, digit_clip_card),
     "digit-video-vlm": (digit_video_vlm, digit_vlm_card),
@@ -59,9 +73,13 @@ __all__ = [
     "question_prompt",
     "tiny_flextok",
     "tiny_flextok_ar",
+    "tiny_shuffle",
     "tiny_textok",
     "tiny_textok_grid",
     "tiny_textok_no_text",
+    "tiny_tokenflow",
+    "tiny_tokenflow_qa",
+    "tiny_vq",
 ]
 
 

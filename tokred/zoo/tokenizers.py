@@ -1,11 +1,13 @@
-"""The bundled image tokenizers: a tiny FlexTok and a tiny TexTok with their generators, for the 32x32 digit cards.
+"""The bundled image tokenizers with their generators, for the 32x32 digit cards.
 
-How they are made, and put into the package (`tokenizers/flextok/README.md` and `tokenizers/textok/README.md`)::
+How they are made, and put into the package (`tokenizers/*/README.md`)::
 
     python tokenizers/flextok/train.py --config tokenizers/flextok/tiny.yaml --stage vae --out runs/vae
     python tokenizers/flextok/train.py ...                                       # the other stages
     python -m tokred.zoo.tokenizers --flextok runs/vae runs/flextok --flextok-ar runs/ar \\
-        --textok runs/textok runs/textok_dit --textok-no-text runs/textok_no_text --textok-grid runs/textok_grid
+        --textok runs/textok runs/textok_dit --textok-no-text runs/textok_no_text --textok-grid runs/textok_grid \\
+        --tokenflow runs/tokenflow runs/tokenflow_ar --tokenflow-qa-both runs/last --tokenflow-qa-semantic \\
+        runs/last_semantic --tokenflow-qa-pixel runs/last_pixel --vq runs/vq --shuffle-1 runs/shuffle_1 ...
 
 `tokred bench --task tokenize` measures them.
 """
@@ -27,10 +29,17 @@ from tokred.core.errors import InvalidParameterError
 from tokred.zoo.packed import expanded, pack
 
 if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
     from tokred.generation.flextok import FlexTok
     from tokred.generation.flextok_ar import FlexTokARModel
+    from tokred.generation.llamagen_vq import VQTokenizer
     from tokred.generation.textok import TexTok
     from tokred.generation.textok_dit import TexTokDiT1D
+    from tokred.generation.token_shuffle import TokenShuffle
+    from tokred.generation.tokenflow import TokenFlow
+    from tokred.generation.tokenflow_generate import TokenFlowPipeline
+    from tokred.generation.tokenizer import ImageTokenizer
 
 __all__ = [
     "TOKENIZERS",
@@ -39,9 +48,13 @@ __all__ = [
     "open_tokenizer",
     "tiny_flextok",
     "tiny_flextok_ar",
+    "tiny_shuffle",
     "tiny_textok",
     "tiny_textok_grid",
     "tiny_textok_no_text",
+    "tiny_tokenflow",
+    "tiny_tokenflow_qa",
+    "tiny_vq",
     "tokenizer_card",
 ]
 
@@ -53,9 +66,22 @@ TOKENIZERS = {
     "tiny-textok": "4 continuous tokens of a 32x32 card beside its caption, back, and new ones of a digit",
     "tiny-textok-no-text": "the twin of tiny-textok, trained alike but without captions",
     "tiny-textok-grid": "the generator of tiny-textok on the 64 patches of 4x4 pixels of a card, without a tokenizer",
+    "tiny-tokenflow": "121 codes in five scales of a 32x32 card, the card back from the first scales, and new ones",
+    "tiny-tokenflow-qa-both": "answers questions about a card from its codes in tiny-tokenflow",
+    "tiny-tokenflow-qa-semantic": "the same from their semantic half alone",
+    "tiny-tokenflow-qa-pixel": "the same from their pixel half alone",
+    "tiny-vq": "8x8 codes of a 32x32 card, and back",
+    "tiny-shuffle-1": "the codes of tiny-vq for a digit, drawn one a step",
+    "tiny-shuffle-2": "the same, drawn 2x2 a step",
+    "tiny-shuffle-4": "the same, drawn 4x4 a step",
 }
+#: What the command line calls the tokenizers -> their names here.
+SHORT = {"flextok": "tiny-flextok", "textok": "tiny-textok", "tokenflow": "tiny-tokenflow", "vq": "tiny-vq"}
+#: Weights that are left out of a bundled model, as another holds them: start of their names -> which other.
+SHARED = {"vision_tower.tokenizer.": "tiny-tokenflow"}
 #: Folders of a saved tokenizer that decide its tokens and what they decode to.
-PARTS = ("model", "vae", "text_encoder", "text_tokenizer")
+PARTS = ("model", "vae", "text_encoder", "text_tokenizer", "vqvae")
+FEATURES, WINDOWS = ("both", "semantic", "pixel"), (1, 2, 4)
 PIPELINE, MODEL = "model_index.json", "config.json"
 
 
@@ -119,6 +145,57 @@ def tiny_textok_grid(folder: Path = WEIGHTS / "tiny_textok_grid") -> TexTokDiT1D
     return found
 
 
+def tiny_tokenflow(folder: Path = WEIGHTS / "tiny_tokenflow") -> TokenFlowPipeline:
+    """The bundled TokenFlow (`.tokenizer`) with its generator for the digits 0 to 9."""
+    from tokred.generation.tokenflow_generate import TokenFlowPipeline
+
+    return _pipeline(TokenFlowPipeline, folder)
+
+
+def tiny_tokenflow_qa(
+    features: str, folder: Path | None = None, tokenflow: Path = WEIGHTS / "tiny_tokenflow"
+) -> LlavaForConditionalGeneration:
+    """The bundled LLaVA that answers `tokred.eval.tokenflow_questions.QUESTIONS` from codes of `tiny_tokenflow`.
+
+    Args:
+        features: what of the codes it reads: "both", "semantic" or "pixel".
+    """
+    from safetensors.torch import load_file
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from tokred.generation import tokenflow_llava  # noqa: F401  registers the tower
+
+    check_choice("features", features, FEATURES)
+    folder = _present(folder or folder_of(f"tiny-tokenflow-qa-{features}"), MODEL)
+    shared = tiny_tokenflow(tokenflow).tokenizer.state_dict()
+    with expanded(folder) as plain:
+        state = load_file(plain / "model.safetensors")
+        state |= {start + name: value for start in SHARED for name, value in shared.items()}
+        found, report = LlavaForConditionalGeneration.from_pretrained(
+            None, config=LlavaConfig.from_pretrained(plain), state_dict=state, output_loading_info=True
+        )
+    if any(report.values()):
+        raise InvalidParameterError(f"{folder} does not fit {tokenflow}: {report}")
+    return found.eval()
+
+
+def tiny_vq(folder: Path = WEIGHTS / "tiny_vq") -> VQTokenizer:
+    """The bundled grid tokenizer: 8x8 codes of a card."""
+    from tokred.generation.llamagen_vq import VQTokenizer
+
+    return _pipeline(VQTokenizer, folder)
+
+
+def tiny_shuffle(window: int, folder: Path | None = None) -> TokenShuffle:
+    """The bundled language model that draws the codes of `tiny_vq`, `window` x `window` a step: 1, 2 or 4."""
+    from tokred.generation.token_shuffle import TokenShuffle
+
+    check_choice("window", window, WINDOWS)
+    folder = _present(folder or folder_of(f"tiny-shuffle-{window}"), MODEL)
+    with expanded(folder) as plain:
+        return TokenShuffle.from_pretrained(plain, dtype="float32", local_files_only=True).eval()
+
+
 def _pipeline(cls: Any, folder: Path) -> Any:
     import torch
     from diffusers.utils import logging
@@ -139,21 +216,28 @@ def _pipeline(cls: Any, folder: Path) -> Any:
     return found
 
 
-def open_tokenizer(model: str) -> tuple[FlexTok | TexTok, str]:
+def open_tokenizer(model: str) -> tuple[ImageTokenizer, str]:
     """A tokenizer and its `fingerprint`.
 
     Args:
-        model: "flextok" or "textok", the bundled ones, or the folder of a saved `FlexTok` or `TexTok`.
+        model: one of `SHORT`, the bundled ones, or the folder of a saved `FlexTok`, `TexTok`, `TokenFlow`, its pipeline
+            or `VQTokenizer`.
 
     Raises:
         FileNotFoundError: the folder does not hold one. InvalidParameterError: another class, or it cannot be read.
     """
-    short = {"flextok": folder_of("tiny-flextok"), "textok": folder_of("tiny-textok")}
-    folder = short.get(model, Path(model))
-    if model not in short and not folder.is_dir():
-        raise FileNotFoundError(f"no tokenizer {model!r}: expected flextok, textok, or the folder of a saved one")
-    kind = json.loads((_present(folder, PIPELINE) / PIPELINE).read_text(encoding="utf-8")).get("_class_name")
-    readers: dict[Any, Any] = {"FlexTok": tiny_flextok, "TexTok": tiny_textok}
+    folder = folder_of(SHORT[model]) if model in SHORT else Path(model)
+    if model not in SHORT and not folder.is_dir():
+        raise FileNotFoundError(f"no tokenizer {model!r}: expected {', '.join(SHORT)}, or the folder of a saved one")
+    described = MODEL if (folder / MODEL).is_file() else PIPELINE
+    kind = json.loads((_present(folder, described) / described).read_text(encoding="utf-8")).get("_class_name")
+    readers: dict[Any, Any] = {
+        "FlexTok": tiny_flextok,
+        "TexTok": tiny_textok,
+        "TokenFlow": _saved_tokenflow,
+        "TokenFlowPipeline": lambda folder: tiny_tokenflow(folder).tokenizer,
+        "VQTokenizer": tiny_vq,
+    }
     if kind not in readers:
         raise InvalidParameterError(f"{folder} holds a {kind}: expected one of {', '.join(readers)}")
     try:
@@ -163,14 +247,31 @@ def open_tokenizer(model: str) -> tuple[FlexTok | TexTok, str]:
         raise InvalidParameterError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
+def _saved_tokenflow(folder: Path) -> TokenFlow:
+    from tokred.generation.tokenflow import TokenFlow
+
+    return TokenFlow.from_pretrained(folder, local_files_only=True).eval()
+
+
+def fingerprint_of(model: str) -> str:
+    """`fingerprint` of a bundled tokenizer, one of `SHORT`."""
+    with expanded(folder_of(SHORT[model])) as plain:
+        return fingerprint(plain)
+
+
 def fingerprint(folder: Path) -> str:
     """A text that names the tokenizer saved in `folder` by its content: weights, sizes, text tokenizer.
 
     The same for a copy, another for other weights; generators beside it and releases of libraries do not matter.
     """
     digest = hashlib.sha256()
-    for part in PARTS:
-        for path in sorted((folder / part).glob("*")):
+    places = {part: folder / part for part in PARTS}
+    if (folder / MODEL).is_file():  # of a saved `TokenFlow`, which is one model
+        places = {"tokenizer": folder}
+    elif (folder / "tokenizer").is_dir():  # of its pipeline
+        places = {"tokenizer": folder / "tokenizer"}
+    for part, place in places.items():
+        for path in sorted(place.glob("*")):
             if path.name == MODEL:
                 known = json.loads(path.read_text(encoding="utf-8"))
                 own = {key: value for key, value in known.items() if not key.startswith("_") and "version" not in key}
@@ -211,6 +312,8 @@ def bundle(name: str, runs: Sequence[Path], into: Path = WEIGHTS) -> Path:
     with tempfile.TemporaryDirectory(dir=into) as temporary:
         made = Path(temporary) / target.name
         shutil.copytree(runs[-1] / "model", made)
+        for path in _weights(made):
+            _leave_out(path)
         weights = [{**_pack(path), "part": path.parent.relative_to(made).as_posix()} for path in _weights(made)]
         card = {
             "name": name,
@@ -221,7 +324,10 @@ def bundle(name: str, runs: Sequence[Path], into: Path = WEIGHTS) -> Path:
                 "files": weights,
                 "parameters": sum(w["parameters"] for w in weights),
             },
-            "training": {"command": "python tokenizers/{flextok,textok}/train.py", "records": "training.json"},
+            "training": {
+                "command": "python tokenizers/{flextok,textok,tokenflow,token_shuffle}/train.py",
+                "records": "training.json",
+            },
             "measured": "tokred bench --task tokenize",
         }
         for file, data in (("training.json", records), ("card.json", card)):
@@ -232,6 +338,19 @@ def bundle(name: str, runs: Sequence[Path], into: Path = WEIGHTS) -> Path:
             shutil.rmtree(target)
         made.rename(target)
     return target
+
+
+def _leave_out(path: Path) -> None:
+    """Take weights of `SHARED` out of a file."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as opened:
+        notes = opened.metadata()
+    state = load_file(path)
+    own = {name: value for name, value in state.items() if not name.startswith(tuple(SHARED))}
+    if len(own) < len(state):
+        save_file(own, path, notes)
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -1,0 +1,401 @@
+"""`tokred eval imagenet`: its numbers, what a kill and several processes change of them (nothing), how it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import tokred
+from tests.conftest import ROOT
+from tokred import cli
+
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+SPEED = {"images_per_s", "speedup"}
+ROW = {
+    "row", "method", "top1", "top1_se", "top5", "top5_se", "agreement", "agreement_se", "gmacs", "gmacs_fraction",
+    "tokens", "paper_top1", "paper_top5", "paper_gmacs", "paper_source", *SPEED,
+}  # fmt: skip
+TINY = ["--model", "vit_tiny_patch16_224", "--random-weights", "--image-size", "32", "--workers", "0"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of `tokred eval imagenet`."""
+    try:
+        code = cli.main(["eval", "imagenet", *argv])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    line = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert "error: " in line
+    return line
+
+
+def numbers(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows without their speeds."""
+    return [{key: value for key, value in row.items() if key not in SPEED} for row in results["rows"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures in two of ImageNet's classes."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(10):
+        path = root / ("n01440764", "n03450230")[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        noise = torch.randint(256, (40, 50, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(path)
+    return root
+
+
+# -- what it measures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="the scenes need scikit-image")
+def test_scenes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The bundled ViT on bundled scenes: the numbers of a plain loop."""
+    from tokred.data.scenes import DigitScenes, normalize
+
+    argv = ["--count", "24", "--batch", "8", "--run", "tome r=13|0", "--run", "random_tokens keep_rate=0.5"]
+    results = evaluated(capsys, *argv, "--out", str(tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert [row["row"] for row in results["rows"]] == [
+        "unpatched", "tome r=13", "tome r=0", "random_tokens keep_rate=0.5"
+    ]  # fmt: skip
+    assert all(set(row) == ROW for row in results["rows"])
+    scenes = DigitScenes("test", 777).render(24)
+    model = tokred.zoo.load("digit-vit")
+    plain = None
+    for row, method in zip(results["rows"], (None, tokred.ToMe(r=13), None), strict=False):
+        handle = None if method is None else tokred.patch(model, method)
+        with torch.inference_mode():
+            logits = torch.cat([model(normalize(images)) for images in scenes.images.split(8)])
+        if handle is not None:
+            handle.remove()
+        guess = logits.argmax(1)
+        plain = guess if plain is None else plain
+        hits = (guess == scenes.labels).double()
+        assert row["top1"] == pytest.approx(hits.mean().item())
+        assert row["top1_se"] == pytest.approx(hits.std().item() / 24**0.5)
+        ranks = (logits > logits.gather(1, scenes.labels[:, None])).sum(1)
+        assert row["top5"] == pytest.approx((ranks < 5).double().mean().item())
+        assert row["agreement"] == pytest.approx((guess == plain).double().mean().item())
+        cost = tokred.flops(model, None, method) if method else tokred.flops(model)
+        assert row["gmacs"] == pytest.approx(cost.total / 1e9)
+        assert row["images_per_s"] > 0
+    whole, merged, same, random = results["rows"]
+    assert whole["speedup"] == whole["agreement"] == same["agreement"] == 1
+    assert merged["tokens"][0] == 145
+    assert merged["tokens"][-1] < 145
+    assert random["agreement"] < 1
+    assert (results["images"], results["classes"], results["unreadable"]) == (24, 10, [])
+    spent = results["time"]
+    assert spent["model"] > spent["outside"] >= 0
+    code, out, err = run(capsys, *argv, "--out", str(tmp_path))  # all is recorded: nothing is measured again
+    assert code == 0, err
+    assert json.loads((tmp_path / "results.json").read_text())["time"]["model"] == 0
+    assert max(map(len, out.splitlines())) <= 140
+    for word in ("top-1 %", "top-5 %", "agreement %", "GMACs", "img/s", "tome r=13", "24 images of scenes"):
+        assert word in out
+
+
+def test_folder_and_skipping(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
+    """Unreadable images stop a run that names them; or they are left out, named, and the others are the same."""
+    import shutil
+
+    broken = tmp_path / "images"
+    shutil.copytree(folder, broken)
+    argv = ["--data", str(broken), *TINY, "--run", "topk keep_rate=0.5", "--batch", "4"]
+    whole = evaluated(capsys, *argv, "--out", str(tmp_path / "whole"))
+    assert whole["images"] == 10
+    assert whole["classes"] == 1000
+    assert [row["row"] for row in whole["rows"]] == ["unpatched", "topk keep_rate=0.5"]
+    assert whole["rows"][0]["paper_top1"] is None  # random weights
+    lost = next(path for path in sorted(broken.rglob("*.jpg")) if path.name == "4.jpg")
+    lost.write_bytes(lost.read_bytes()[:100])
+    line = refused(capsys, *argv, "--out", str(tmp_path / "parts"))
+    assert "n01440764/4.jpg cannot be read as a picture" in line
+    assert "--skip-unreadable" in line
+    results = evaluated(capsys, *argv, "--skip-unreadable", "--out", str(tmp_path / "parts"))
+    assert results["images"] == 9
+    assert [entry.partition(":")[0] for entry in results["unreadable"]] == ["n01440764/4.jpg"]
+    code, out, _ = run(capsys, *argv, "--skip-unreadable", "--out", str(tmp_path / "parts"))
+    assert code == 0
+    assert "unreadable and left out: n01440764/4.jpg" in out
+    argv[argv.index("--batch") + 1] = "5"
+    assert "differs in batch (there 4, now 5)" in refused(capsys, *argv, "--out", str(tmp_path / "whole"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
+@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="the scenes need scikit-image")
+def test_zero_shot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["--model", "digit-clip", "--count", "48", "--run", "topk keep_rate=0.9", "--out", str(tmp_path)]
+    plain, reduced = evaluated(capsys, *argv)["rows"]
+    assert plain["top1"] > 0.4  # chance is 0.1
+    assert reduced["gmacs"] < plain["gmacs"]
+    assert reduced["agreement"] > 0.5
+
+
+def test_a_folder_of_transformers(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    names = {0: "goldfish", 1: "tench", 2: "grille"}
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        id2label=names, label2id={name: number for number, name in names.items()},
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    root = tmp_path / "named"
+    for name, source in (("tench", "n01440764"), ("grille", "n03450230")):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(folder / source)
+    argv = [
+        "--model",
+        f"hf:{tmp_path / 'model'}",
+        "--workers",
+        "0",
+        "--run",
+        "tome r=2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    results = evaluated(capsys, "--data", str(root), *argv)
+    assert (results["images"], results["classes"]) == (10, 3)
+    assert results["rows"][1]["tokens"] == [17, 15, 13]
+    model = transformers.ViTModel(config)
+    model.save_pretrained(tmp_path / "bare")
+    transformers.ViTImageProcessor().save_pretrained(tmp_path / "bare")
+    code, _, err = run(capsys, "--data", str(root), "--model", f"hf:{tmp_path / 'bare'}")
+    assert code == 2
+    assert "it is no classifier" in err
+
+
+def test_what_papers_say() -> None:
+    from tokred.eval.imagenet_reported import REPORTED, paper_runs, reported
+
+    small = "deit_small_patch16_224"
+    assert reported(small, "fb_in1k", None).top1 == 79.8
+    assert reported(small, None, tokred.ToMe(r=8)).top1 == 79.4
+    found = reported(small, "fb_in1k", tokred.ZeroTPrune(preset="deit_s_2.50g"))
+    assert (found.top1, found.gmacs) == (79.1, 2.50)
+    assert reported(small, "fb_in1k", tokred.ToMe(r=9)) is None
+    assert reported(small, "other", None) is None
+    assert reported(None, None, None) is None
+    assert reported("strip_mlp_small", "in1k", None).top5 == 96.6
+    assert ("tome", {"r": 13}) in paper_runs("vit_base_patch16_224", "augreg_in21k_ft_in1k")
+    import timm
+
+    importlib.import_module("tokred.vision")  # registers the backbones
+    assert all(timm.is_model(row.architecture) and row.source for row in REPORTED)
+
+
+def test_paper_rows_and_columns() -> None:
+    """A row that a paper reports shows it, beside what was measured."""
+    from tokred.eval.imagenet import show
+
+    row = {
+        "row": "tome r=8", "tokens": [197, 189, 181], "gmacs": 3.43, "gmacs_fraction": 0.745, "paper_gmacs": 3.4,
+        "top1": 0.79, "top1_se": 0.01, "paper_top1": 79.4, "top5": 0.95, "top5_se": 0.01, "paper_top5": None,
+        "agreement": 0.98, "agreement_se": 0.01, "images_per_s": 100.0, "speedup": 1.3, "paper_source": "a plot",
+    }  # fmt: skip
+    results = {
+        "model": "deit", "weights": "pretrained", "images": 100, "data": {"data": "val"}, "rows": [row, row],
+        "machine": {"device": "cpu", "dtype": "float32", "batch": 32, "processes": 2, "torch": "2"},
+        "time": {"loader": 1.0, "model": 3.0, "outside_share": 0.01}, "unreadable": [],
+    }  # fmt: skip
+    out = show(results)
+    assert "79.4" in out
+    assert "paper: a plot." in out
+    assert out.count("paper") == 3  # of GMACs and top-1; no column for top-5, which none reports
+    assert "2 processes" in out
+
+
+# -- kills and processes -----------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
+    argv = ["--data", str(folder), *TINY, "--batch", "1", "--run", "tome r=1", "--run", "random_tokens keep_rate=0.5"]
+    whole = evaluated(capsys, *argv, "--out", str(tmp_path / "whole"))
+    parts = tmp_path / "parts"
+    child = multiprocessing.get_context("fork").Process(target=_slow, args=([*argv, "--out", str(parts)],))
+    child.start()
+    deadline = time.monotonic() + 120
+    while child.is_alive() and time.monotonic() < deadline and _lines(parts) < 7:
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    before = _lines(parts)
+    assert 7 <= before < 30
+    file = next((parts / "records").glob("tome*"))
+    file.write_bytes(file.read_bytes() + b'{"key":9,"la')  # a kill in the middle of a line
+    again = evaluated(capsys, *argv, "--out", str(parts))
+    assert _lines(parts) == 30
+    assert numbers(again) == numbers(whole)
+    more = evaluated(capsys, *argv, "--run", "tome r=0", "--out", str(parts))  # a row is added to what there is
+    assert numbers(more)[:3] == numbers(whole)
+    assert len(more["rows"]) == 4
+
+
+def _slow(argv: list[str]) -> None:
+    """The command, on a machine where each batch takes a while."""
+    from tokred.eval import imagenet
+
+    one = imagenet._one
+
+    def later(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.1)
+        one(*args, **kwargs)
+
+    imagenet._one = later
+    cli.main(["eval", "imagenet", *argv])
+
+
+def _lines(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (out / "records").glob("*.jsonl"))
+
+
+def test_two_processes_find_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    argv = ["--data", str(folder), *TINY, "--batch", "3", "--run", "tome r=1", "--run", "random_tokens keep_rate=0.5"]
+    alone = evaluated(capsys, *argv, "--out", str(tmp_path / "one"))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "tokred.cli",
+    ]
+    done = subprocess.run(
+        [*launch, "eval", "imagenet", *argv, "--json", "--out", str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = json.loads(done.stdout)  # printed once
+    assert together["machine"]["processes"] == 2
+    assert numbers(together) == numbers(alone)
+    ranks = {path.name.split(".")[-2] for path in (tmp_path / "two" / "records").iterdir() if path.stat().st_size}
+    assert ranks == {"0", "1"}
+    again = evaluated(capsys, *argv, "--out", str(tmp_path / "two"))  # one process reads what two wrote
+    assert numbers(again) == numbers(alone)
+
+
+# -- how it refuses ----------------------------------------------------------------------------------------------------
+
+
+def test_runs() -> None:
+    from tokred.cli_imagenet import runs
+
+    assert runs("tome") == [("tome", {})]
+    assert runs(" zero-tprune  keep_rate=0.7 layers=(1, 3) ") == [("zero_tprune", {"keep_rate": 0.7, "layers": (1, 3)})]
+    assert runs("tome r=8|13 metric=none|k") == [
+        ("tome", {"r": 8, "metric": None}), ("tome", {"r": 8, "metric": "k"}),
+        ("tome", {"r": 13, "metric": None}), ("tome", {"r": 13, "metric": "k"}),
+    ]  # fmt: skip
+    assert runs("random_tokens counts={1: 5, 2: 4}") == [("random_tokens", {"counts": {1: 5, 2: 4}})]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--run", "tomee r=8"], "did you mean 'tome'"),
+        (["--run", "tome rr=8"], "no parameter 'rr', did you mean 'r'"),
+        (["--run", "tome r"], "is no run, such as"),
+        (["--run", "tome r=-1"], "r=-1"),
+        (["--run", "tome r=8", "--data", "nowhere"], "no data at 'nowhere'; expected a folder"),
+        (["--labels", "nowhere.txt"], "no --labels at nowhere.txt"),
+        (["--count", "0"], "--count 0"),
+        (["--batch", "0"], "--batch 0"),
+        (["--workers", "-1"], "--workers -1"),
+        (["--dtype", "float8"], "--dtype float8"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--model", "vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--model", "vit_tiny_patch16_224"], "hub cannot be reached"),
+        (["--model", "hf:nobody/nothing"], "hub cannot be reached"),
+        (["--model", "openclip:ViT-B-33/laion2b"], "open_clip has no model 'ViT-B-33', did you mean 'ViT-B-32'"),
+        (["--model", "openclip:ViT-B-32/laion2b_s34b_b79"], "did you mean 'laion2b_s34b_b79k'"),
+        (["--model", "openclip:ViT-B-32/laion2b_s34b_b79k"], "hub cannot be reached"),
+        (["--model", "openclip:ViT-B-32/openai", "--templates", "all"], "--templates all"),
+        (["--model", "digit-vit", "--random-weights"], "is bundled with its weights"),
+        (["--model", "hf:x", "--image-size", "32"], "--image-size is for timm models"),
+        ([*TINY, "--data", "scenes"], "the scenes have 10 classes"),
+        (["--split", "train"], "scenes have test and val"),
+        (["--run", "hired budget=0.2"], "acts at VisualFeatures"),
+        (["--run", "topk layers=(30,)"], "30"),
+        (["--paper"], "no paper that we know of"),
+        (["--model", "digit-strip-mlp", "--run", "tome r=2"], "no host serves"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str], says: str) -> None:
+    if any(one.startswith("openclip:") for one in argv):
+        pytest.importorskip("open_clip")
+    if any(one.startswith("hf:") for one in argv):
+        pytest.importorskip("transformers")
+    assert says in refused(capsys, *argv, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()  # refused before anything was written
+
+
+def test_another_number_of_classes(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    line = refused(capsys, "--data", str(folder))
+    assert "has 2 classes (n01440764, n03450230) and the model 10" in line
+    assert "--class-map" in line
+
+
+def test_a_broken_label_in_a_worker_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = {"image": [Image.new("RGB", (8, 8))] * 2, "label": [1, 12]}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "set" / "validation.parquet")
+    argv = ["--data", f"hf:{tmp_path / 'set'}", "--workers", "1", "--out", str(tmp_path / "out")]
+    line = refused(capsys, *argv)
+    assert "row 1 of shard 0 is of class 12, and the model has 0 to 9" in line
+    assert "worker" not in line
+
+
+def test_overhead_benchmark(folder: Path) -> None:
+    """The benchmark runs and its two ways of measuring agree about which part is which."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "eval_overhead.py"), "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    for way in ("timers", "profiler"):
+        assert result[way]["loader"] > 0
+        assert result[way]["model"] > 0
+        assert result[way]["outside_share"] == pytest.approx(
+            result[way]["outside"] / (result[way]["outside"] + result[way]["loader"] + result[way]["model"])
+        )
+    assert result["profiler"]["model"] == pytest.approx(result["timers"]["model"], rel=0.5)
+    assert result["target"] == 0.03

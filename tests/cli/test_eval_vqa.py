@@ -1,0 +1,295 @@
+"""`tokred eval vqa` and `tokred eval needle` on random weights and data made here: what they ask, write and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.cli.conftest import saved
+from tests.cli.test_cli import refused, run
+
+for package in ("transformers", "torchvision", "tqdm"):
+    pytest.importorskip(package)
+
+PROMPT = "{media} USER : {question} ASSISTANT :"
+QUESTIONS = (
+    "is there a 4 ?",
+    "is there a 7 ?",
+    "which digit is red ?",
+    "how many digits are there ?",
+    "what colour is the 3 ?",
+)
+
+
+@pytest.fixture(scope="module")
+def pope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten questions in POPE's files about five pictures of the size that the tiny model takes."""
+    folder = tmp_path_factory.mktemp("pope")
+    rows = []
+    for i, question in enumerate(QUESTIONS):
+        Image.effect_noise((96, 96), 10 + 20 * i).convert("RGB").save(folder / f"{i}.png")
+        for j, label in enumerate(("yes", "no")):
+            rows.append({"question_id": 2 * i + j, "image": f"{i}.png", "text": question, "label": label})
+    (folder / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def vqa(pope: Path, model: Path, out: Path, *further: str) -> list[str]:
+    return [
+        "eval", "vqa", "--benchmark", "pope", "--data", str(pope), "--images", str(pope), "--model", str(model),
+        "--prompt", PROMPT, "--instruction", "", "--batch", "4", "--tokens", "2", "--device", "cpu", "--out", str(out),
+        *further,
+    ]  # fmt: skip
+
+
+def results(capsys: pytest.CaptureFixture[str], argv: list[str]) -> dict[str, Any]:
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert json.loads(Path(found["files"]["results"]).read_text()) == found
+    return found
+
+
+def numbers(found: dict[str, Any]) -> list[Any]:
+    """What does not depend on the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds_per_question"} for row in found["rows"]]
+
+
+def test_rows_of_an_evaluation(
+    pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ("--methods", "hired:1.0:0.25,random_tokens,fastv", "--budgets", "36", "--set", "fastv.layer=3")
+    found = results(capsys, vqa(pope, vlm_folder, tmp_path / "a", *methods))
+    plain, whole, hired, random, fastv = found["rows"]
+    assert [row["kind"] for row in found["rows"]] == ["unpatched", "method", "method", "random", "method"]
+    assert [row["visual_tokens"] for row in found["rows"]] == [144, 144, 36, 36, 36]
+    assert hired["tokens_read"] == 36
+    assert fastv["tokens_read"] == (3 * 144 + 3 * 36) / 6
+    assert whole["agreement"] == 1
+    assert whole["metrics"] == plain["metrics"]
+    assert whole["vs_unpatched"]["difference"] == 0
+    assert plain["main"] == "F1"
+    assert {"accuracy", "precision", "recall", "yes ratio", "random F1"} <= set(plain["metrics"])
+    # random words are read as yes, and half of the questions ask for it
+    assert plain["metrics"]["accuracy"]["value"] == pytest.approx(0.5, abs=0.31)
+    assert random["method"]["budget"] == 36
+    assert all(row["seconds_per_question"] > 0 and row["reported"] == [] for row in found["rows"])
+
+    # killed: what is left of the records is enough to end with the same numbers
+    for path in (tmp_path / "a" / "records").iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (tmp_path / "a" / "results.json").unlink()
+    again = results(capsys, vqa(pope, vlm_folder, tmp_path / "a", *methods))
+    assert numbers(again) == numbers(found)
+
+    # a row more costs that row alone, and another evaluation does not get into the folder
+    code, out, _ = run(capsys, *vqa(pope, vlm_folder, tmp_path / "a", "--methods", "hired:0.25"))
+    assert code == 0
+    assert "paper says" in out
+    assert "HiRED" in out
+    line = refused(capsys, *vqa(pope, vlm_folder, tmp_path / "a", "--limit", "4"))
+    assert "another evaluation" in line
+    assert "--fresh" in line
+
+
+def test_videos_and_quota(vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokred.zoo.digit_vlm import digit_video_vlm
+
+    model = saved(tmp_path / "model", *digit_video_vlm(vlm_folder))
+    rows = []
+    for i in range(3):
+        folder = tmp_path / "videos" / f"v{i}"
+        folder.mkdir(parents=True)
+        for frame in range(6 if i else 3):
+            Image.effect_noise((96, 96), 20 + 30 * frame).convert("RGB").save(folder / f"{frame}.png")
+        options = {"candidates": ["red", "4"], "answer": "4", "question_type": "count" if i else "order"}
+        rows.append({"video": f"v{i}", "question": QUESTIONS[i], **options})
+    (tmp_path / "mlvu").mkdir()
+    (tmp_path / "mlvu" / "1.json").write_text(json.dumps(rows))
+    found = results(
+        capsys,
+        [
+            "eval", "vqa", "--benchmark", "mlvu", "--data", str(tmp_path / "mlvu"),
+            "--videos", str(tmp_path / "videos"),
+            "--model", str(model), "--prompt", PROMPT, "--instruction", "", "--batch", "1", "--tokens", "2",
+            "--frames", "2", "--method-frames", "4", "--methods", "quota:72", "--scorer", "equal",
+            "--device", "cpu", "--out", str(tmp_path / "out"),
+        ],
+    )  # fmt: skip
+    plain, quota = found["rows"]
+    assert plain["visual_tokens"] == 72
+    assert quota["visual_tokens"] <= 72
+    assert next(iter(plain["metrics"])) == plain["main"] == "M-Avg"
+    parts = [plain["metrics"][name]["value"] for name in ("count", "order")]
+    assert plain["metrics"]["M-Avg"]["value"] == pytest.approx(sum(parts) / 2)
+    assert found["frames"] == {"unpatched": 2, "methods": 4}
+
+
+def test_what_vqa_refuses(pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+
+    def line(*argv: str) -> str:
+        return refused(capsys, "eval", "vqa", "--out", str(out), *argv)
+
+    assert "did you mean 'textvqa'" in line("--benchmark", "text-vqa")
+    assert "--data is missing" in line("--benchmark", "pope")
+    assert "leave it away" in line("--data", str(pope))
+    assert "belongs to --data" in line("--images", str(pope))
+    assert "is not a folder" in line("--benchmark", "pope", "--images", str(tmp_path / "none"))
+    assert "--model is missing" in line("--benchmark", "pope", "--data", str(pope), "--images", str(pope))
+    assert "did you mean 'hired'" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "hird"))
+    assert "does not fit this model" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "tome_sd"))
+    assert "no budget" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "hired:much"))
+    assert "budget" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "hired:1.5"))
+    assert "say it twice" in refused(
+        capsys, *vqa(pope, vlm_folder, out, "--methods", "hired:0.2", "--set", "hired.budget=0.3")
+    )
+    assert "among --methods" in refused(capsys, *vqa(pope, vlm_folder, out, "--set", "hired.budget=0.3"))
+    assert "--scorer is for QuoTA" in refused(capsys, *vqa(pope, vlm_folder, out, "--scorer", "equal"))
+    assert "expected at least 1" in refused(capsys, *vqa(pope, vlm_folder, out, "--limit", "0"))
+    without = [part for part in vqa(pope, vlm_folder, out) if part not in ("--prompt", PROMPT)]
+    assert "give one with --prompt" in refused(capsys, *without)
+    assert "{question}" in refused(capsys, *without, "--prompt", "Q")
+    assert "hub cannot be reached" in refused(
+        capsys, *[part.replace(str(vlm_folder), "nobody/nothing") for part in vqa(pope, vlm_folder, out)]
+    )
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_an_unreadable_picture_stops_the_run_and_keeps_the_answers(
+    pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    data = shutil.copytree(pope, tmp_path / "data")
+    whole = (data / "4.png").read_bytes()
+    (data / "4.png").write_bytes(whole[:100])
+    argv = vqa(data, vlm_folder, tmp_path / "out")
+    assert "4.png cannot be read as a picture" in refused(capsys, *argv)
+    assert not (tmp_path / "out" / "results.json").exists()
+    (data / "4.png").write_bytes(whole)
+    found = results(capsys, argv)
+    assert found["questions"] == 10
+
+
+def test_the_bundled_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("sklearn", "skimage"):
+        pytest.importorskip(package)
+    found = results(capsys, ["eval", "vqa", "--limit", "8", "--methods", "hired:0.25", "--out", str(tmp_path)])
+    plain, hired = found["rows"]
+    assert plain["metrics"]["accuracy"]["value"] >= 0.5  # 88.8 % on a thousand
+    assert (plain["visual_tokens"], hired["visual_tokens"]) == (144, 36)
+    assert {"count", "side", "exists"} <= set(plain["metrics"])
+
+
+# -- needle ------------------------------------------------------------------------------------------------------------
+
+
+def test_needles_of_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["eval", "needle", "--lengths", "96,128", "--depths", "3", "--samples", "2", "--out", str(tmp_path)]
+    found = results(capsys, argv)
+    plain, gemfilter = found["rows"]
+    assert found["prompts"] == 12
+    assert plain["tokens"] == (96 + 128) / 2 + 4
+    assert gemfilter["tokens"] == 64
+    assert gemfilter["metrics"]["recall"]["value"] >= 0.75  # 100 % on 500 prompts
+    assert set(plain["grid"]) == {"96", "128"}
+    assert list(plain["grid"]["96"]) == ["0 %", "50 %", "100 %"]
+    assert plain["metrics"]["recall"]["value"] == pytest.approx(
+        sum(value for by in plain["grid"].values() for value in by.values()) / 6
+    )
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert "by length and depth" in out
+
+
+def test_needles_stand_at_their_depth() -> None:
+    from tokred.eval.needle_eval import LLMHost, NeedleOptions, haystack_cases
+
+    class Config:
+        max_position_embeddings = 2048
+
+    class Model:
+        config = Config()
+
+    options = NeedleOptions(Path(), lengths=(121,), depths=5, samples=2)
+    for case in haystack_cases(options, LLMHost("needle-llm", Model(), None)):
+        words = case.prompt[slice(*case.context)].split()
+        place = next(i for i in range(0, 120, 6) if words[i : i + 6] == case.right[0].split())
+        assert place / 6 == round(float(case.kinds["depth"].rstrip(" %")) / 100 * 19)
+        assert case.prompt.split()[120:] == case.right[0].split()[:4]
+        assert words[place + 4] == case.right[1]
+        assert len(words) == 120
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights, whose words are those of the data here."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tokred.eval.needle_eval import NEEDLE, QUESTION, _filler
+    from tokred.eval.needle_eval import PROMPT as HAYSTACK
+    from tokred.zoo.words import word_tokenizer
+
+    words = dict.fromkeys(f"{HAYSTACK} {NEEDLE} {QUESTION} {_filler(0)}".split())
+    ids = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", "<pad>", *words])}
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(ids), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=3,
+    )  # fmt: skip
+    return saved(tmp_path_factory.mktemp("llm"), LlamaForCausalLM(config), word_tokenizer(ids, 512))
+
+
+def test_needles_of_any_model(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "eval", "needle", "--model", str(llm), "--lengths", "100,150", "--depths", "3", "--tokens", "3",
+        "--methods", "gemfilter:40,fastv:20", "--set", "gemfilter.layer=1", "--device", "cpu", "--out", str(tmp_path),
+    ]  # fmt: skip
+    found = results(capsys, argv)
+    plain, gemfilter, fastv = found["rows"]
+    assert plain["tokens"] == pytest.approx(125, abs=4)
+    assert gemfilter["tokens"] == 40
+    assert fastv["tokens"] < 60  # 20 of the long part, and the rest of the prompt
+    assert plain["main"] == "ROUGE-1"
+    assert "found" in plain["metrics"]
+
+
+def test_longbench_of_any_model(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {"context": "stood came {went} saw " * 200, "answers": ["saw", "came"], "all_classes": None, "_id": "1"}
+    (tmp_path / "data").mkdir()
+    for name in ("qasper", "gov_report"):
+        text = json.dumps({**rows, "input": "old new ?", "dataset": name})
+        (tmp_path / "data" / f"{name}.jsonl").write_text(text + "\n")
+    argv = ["eval", "needle", "--benchmark", "longbench", "--data", str(tmp_path / "data"), "--model", str(llm)]
+    argv += ["--tokens", "3", "--max-length", "200", "--device", "cpu", "--out", str(tmp_path / "out")]
+    found = results(capsys, argv)
+    (plain,) = found["rows"]
+    assert 150 < plain["tokens"] <= 200
+    assert list(plain["metrics"]) == ["average", "gov_report", "qasper"]
+    parts = [plain["metrics"][name]["value"] for name in ("gov_report", "qasper")]
+    assert plain["metrics"]["average"]["value"] == pytest.approx(sum(parts) / 2)
+
+
+def test_what_needle_refuses(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def line(*argv: str) -> str:
+        return refused(capsys, "eval", "needle", "--out", str(tmp_path / "out"), *argv)
+
+    assert "did you mean 'longbench'" in line("--benchmark", "longbnch")
+    assert "does not take it" in line("--data", str(tmp_path))
+    assert "--data is missing" in line("--benchmark", "longbench", "--model", str(llm))
+    assert "is not there" in line("--benchmark", "longbench", "--model", str(llm), "--data", str(tmp_path / "none"))
+    assert "goes with all of" in line("--needle", "x")
+    assert "reads 2048 tokens" in line("--lengths", "4000")
+    assert "whole numbers" in line("--lengths", "many")
+    assert "words of its own haystacks" in line("--haystack", str(tmp_path))
+    assert "expected a text file" in line("--model", str(llm), "--haystack", str(tmp_path))
+    assert "does not fit" in line("--methods", "hired")
+    assert "did you mean 'needle-llm'" in line("--model", "needle_llm")
+    assert "cannot be loaded" in line("--model", str(tmp_path))
+    assert not (tmp_path / "out").exists()

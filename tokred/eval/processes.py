@@ -1,0 +1,66 @@
+"""The processes of one evaluation: one, or those that `accelerate launch` or torchrun started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokred.core.errors import InvalidParameterError
+from tokred.eval.bench import require
+
+__all__ = ["Processes", "join"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank, count: 0 to count - 1. device: of this one.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    _state: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that claims the folder, prints and writes the results."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+    def leave(self) -> None:
+        """No process waits for this one any more."""
+        if self._state is not None:
+            self._state.destroy_process_group()
+
+
+def join(device: str | None = None) -> Processes:
+    """Find the other processes, if the environment names any.
+
+    Args:
+        device: "cpu", "cuda" ...; None is CUDA where there is one. Of several processes each has its own.
+
+    Raises:
+        InvalidParameterError: no such device here. MissingExtraError: several processes without accelerate.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        require("eval", "accelerate", what="an evaluation by several processes")
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu")
+        return Processes(state.process_index, state.num_processes, state.device, state)
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidParameterError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return Processes(0, 1, found)

@@ -1,0 +1,141 @@
+"""Records of an evaluation that may be killed and goes on: a line of JSON for each item, in files that only grow.
+
+::
+
+    claim(out, {"task": "vqa", "model": "digit-vlm"})        # one process: the folder is this evaluation's
+    with Records(out, "tome r=8", rank=0) as mine:           # each process writes a file of its own
+        if 17 not in mine:
+            mine.append([{"key": 17, "answer": "two"}])
+    read(out, "tome r=8")                                    # {17: {"key": 17, "answer": "two"}}, of all processes
+
+What was written before a kill stays: a line that was cut short is dropped, an item that was written twice counts once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tokred.core.errors import InvalidParameterError
+
+__all__ = ["Key", "Records", "claim", "read"]
+
+Key: TypeAlias = int | str
+FOLDER, SETTINGS = "records", "run.json"
+
+
+def claim(out: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
+    """Make `out` the folder of the evaluation that `settings` (JSON types) describe, or go on with it.
+
+    Call it in one process, before any `Records` there. `fresh` removes the records of whatever was there.
+
+    Raises:
+        InvalidParameterError: the folder holds another evaluation, or something that is not ours to overwrite.
+    """
+    path, wanted = out / SETTINGS, json.loads(json.dumps(settings))
+    if out.exists() and not out.is_dir():
+        raise InvalidParameterError(f"{out} is a file; records go into a folder")
+    if fresh:
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            assert isinstance(found, dict)
+        except (ValueError, AssertionError):
+            raise InvalidParameterError(f"{path} is damaged; delete it, or give another --out") from None
+        differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if differing:
+            parts = (f"{k} (there {_brief(found.get(k))}, now {_brief(wanted.get(k))})" for k in differing)
+            raise InvalidParameterError(
+                f"{out} holds another evaluation, which differs in {', '.join(parts)}; give another --out, or --fresh "
+                "to begin anew"
+            )
+        return
+    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    os.replace(half, path)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class Records:
+    """What is recorded under one name, and where this process adds to it. Also a context manager that closes the file.
+
+    Args:
+        out: folder that was claimed. name: of the row, any text. rank: of the process; no two write one file.
+    """
+
+    def __init__(self, out: Path, name: str, rank: int = 0) -> None:
+        self.done: dict[Key, dict[str, Any]] = read(out, name)
+        path = _stem(out, name).with_suffix(f".{rank}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        whole = len(_whole(path.read_bytes()))
+        self._file.truncate(whole)  # a line that was cut short would spoil the next
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.done
+
+    def __len__(self) -> int:
+        return len(self.done)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write records, each with a "key" (an int or a string) and JSON values; they are on their way to the disk."""
+        lines = []
+        for record in records:
+            self.done[record["key"]] = dict(record)
+            lines.append(json.dumps(record, separators=(",", ":"), ensure_ascii=False))
+        if lines:
+            self._file.write(("\n".join(lines) + "\n").encode())
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read(out: Path, name: str) -> dict[Key, dict[str, Any]]:
+    """{key: record} of one name, of all processes, in the order of the keys' first lines.
+
+    Raises:
+        InvalidParameterError: a line in the middle of a file is no record.
+    """
+    found: dict[Key, dict[str, Any]] = {}
+    stem = _stem(out, name)
+    for path in sorted(stem.parent.glob(f"{stem.name}.*.jsonl")):
+        for number, line in enumerate(_whole(path.read_bytes()).splitlines(), 1):
+            try:
+                record = json.loads(line)
+                found[record["key"]] = record
+            except (ValueError, TypeError, KeyError):
+                raise InvalidParameterError(
+                    f"{path}, line {number}, is no record; delete the line, or begin anew with --fresh"
+                ) from None
+    return found
+
+
+def _whole(data: bytes) -> bytes:
+    """Up to the last line that was finished."""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _stem(out: Path, name: str) -> Path:
+    """Readable, and different for different names."""
+    safe = re.sub(r"[^A-Za-z0-9_=+-]+", "-", name).strip("-")[:60]
+    return out / FOLDER / f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
