@@ -75,8 +75,7 @@ def test_rows_of_an_evaluation(
     assert whole["vs_unpatched"]["difference"] == 0
     assert plain["main"] == "F1"
     assert {"accuracy", "precision", "recall", "yes ratio", "random F1"} <= set(plain["metrics"])
-    # random words are read as yes, and half of the questions ask for it
-    assert plain["metrics"]["accuracy"]["value"] == pytest.approx(0.5, abs=0.31)
+    assert plain["metrics"]["accuracy"]["value"] == 0.5  # every question is asked twice, for yes and for no
     assert random["method"]["budget"] == 36
     assert all(row["seconds_per_question"] > 0 and row["reported"] == [] for row in found["rows"])
 
@@ -116,7 +115,7 @@ def test_videos_and_quota(vlm_folder: Path, tmp_path: Path, capsys: pytest.Captu
         [
             "eval", "vqa", "--benchmark", "mlvu", "--data", str(tmp_path / "mlvu"),
             "--videos", str(tmp_path / "videos"),
-            "--model", str(model), "--prompt", PROMPT, "--instruction", "", "--batch", "1", "--tokens", "2",
+            "--model", str(model), "--prompt", PROMPT, "--instruction", "", "--batch", "3", "--tokens", "2",
             "--frames", "2", "--method-frames", "4", "--methods", "quota:72", "--scorer", "equal",
             "--device", "cpu", "--out", str(tmp_path / "out"),
         ],

@@ -105,10 +105,15 @@ def test_the_digit_teacher_sees_what_the_whole_scene_shows() -> None:
     near = torch.cosine_similarity(found[..., 96:], wanted, dim=-1)
     assert near.mean() > 0.97
     assert script("tokenflow", "train").DigitTeacher(8)(batch.images).shape == (16, 64, teacher.width)
+    centred = script("tokenflow", "train").DigitTeacher(4, batch.images)(batch.images)
+    torch.testing.assert_close(centred[..., :96].norm(dim=-1), torch.ones(16, 16))
+    assert centred.flatten(0, 1).mean(0).norm() < 0.5 * found.flatten(0, 1).mean(0).norm()
 
 
 def test_a_clip_teaches_and_starts_the_encoder(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from tokred.data.pictures import CardPictures
 
     train = script("tokenflow", "train")
     fields = {key: value for key, value in CLIP.items() if key != "type"}
@@ -116,7 +121,7 @@ def test_a_clip_teaches_and_starts_the_encoder(tmp_path: Path) -> None:
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=12, projection_dim=10, **fields)).eval()
     clip.save_pretrained(tmp_path)
     net = small(seed=3)
-    teacher = train.teacher_of({"model": str(tmp_path)}, net)
+    teacher = train.teacher_of({"model": str(tmp_path)}, net, CardPictures())
     teacher.init(net)
     vision = getattr(clip.vision_model, "vision_model", clip.vision_model).state_dict()
     own = net.semantic_encoder.state_dict()
@@ -131,7 +136,7 @@ def test_a_clip_teaches_and_starts_the_encoder(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted)
     other = small(semantic_decoder_config={"dim": 16, "depth": 1, "heads": 2, "out_dim": 7})
     with pytest.raises(ValueError, match="out_dim=7"):
-        train.teacher_of({"model": str(tmp_path)}, other)
+        train.teacher_of({"model": str(tmp_path)}, other, CardPictures())
 
 
 @pytest.mark.parametrize("file", ["tiny.yaml", "config.yaml"])

@@ -16,15 +16,16 @@ from tokred.core.errors import InvalidParameterError
 from tokred.data.scenes import DigitScenes, normalize
 from tokred.vision.backbones.compare import macs
 from tokred.zoo.digit_backbones import BACKBONES, FOLDER, bundle, bundled_runs
+from tokred.zoo.packed import load_weights
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
 def test_weights_are_those_of_the_card(name):
-    card, path = zoo.card(name), FOLDER / BACKBONES[name] / "model.safetensors"
+    card, path = zoo.card(name), FOLDER / BACKBONES[name] / "model.int8.safetensors"
     assert card["name"] == name
     assert card["weights"]["bytes"] == path.stat().st_size < 6e6
     assert card["weights"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert {v.dtype for v in load_file(path).values()} <= {torch.float16, torch.int64}
+    assert {v.dtype for v in load_file(path).values()} <= {torch.int8, torch.float32, torch.float16, torch.int64}
     model = zoo.load(name)
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == card["weights"]["parameters"]
@@ -34,7 +35,7 @@ def test_weights_are_those_of_the_card(name):
 @pytest.mark.parametrize("name", list(BACKBONES))
 @torch.inference_mode()
 def test_they_name_the_digit(name):
-    """On validation scenes, within what 128 scenes and float16 allow of the card; at every grid of a LookupViT."""
+    """On validation scenes, within what 128 scenes and int8 weights allow of the card; at every grid of a LookupViT."""
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
     model, card = zoo.load(name), zoo.card(name)
@@ -64,8 +65,10 @@ def test_a_run_becomes_a_part_of_the_package(tmp_path):
     results.write_text(json.dumps({"groups": [[{**row, "se": 0.1, "speedup": None}]], "scenes": {"count": 2}}))
     bundle([run], results, tmp_path / "zoo")
     made = tmp_path / "zoo" / run.name
-    first, second = load_file(run / "model.safetensors"), load_file(made / "model.safetensors")
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    first, second = (load_weights(folder / "model.safetensors") for folder in (run, made))
+    assert list(first) == list(second)
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-6, atol=0)
     assert json.loads((made / "card.json").read_text())["accuracy"][0]["accuracy"] == 0.5
     results.write_text(json.dumps({"groups": [], "scenes": {}}))
     with pytest.raises(InvalidParameterError, match="no row of"):

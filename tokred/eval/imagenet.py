@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred import __version__
 from tokred.core.errors import InvalidParameterError, TokredError, UnsupportedModelError
 from tokred.core.flops import Flops, flops
 from tokred.core.method import Method, resolve
@@ -128,6 +129,7 @@ def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
     size = _image_size(classifier)
     settings = {
         "task": "imagenet",
+        "versions": {"tokred": __version__, "torch": torch.__version__},
         "model": classifier.name,
         "weights": digest(classifier.model),
         "templates": options.model.templates if classifier.name.startswith("openclip:") else None,
@@ -175,7 +177,7 @@ def _compact(value: Any) -> str:
         return "(" + ",".join(_compact(item) for item in value) + ")"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_compact(item)}" for key, item in value.items()) + "}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
 def _classifier(options: ImagenetOptions, here: Processes) -> Classifier:

@@ -59,7 +59,7 @@ class Video:
     source: Path | Callable[[int], np.ndarray]
 
     def frames(self, count: int) -> np.ndarray:
-        """(T, H, W, 3) uint8: the middle frames of `count` equal parts, all frames where there are fewer."""
+        """(T, H, W, 3) uint8: the middle frames of `count` equal parts; a shorter video repeats some."""
         try:
             if isinstance(self.source, Path):
                 return read_frames(self.source, count)
@@ -78,9 +78,7 @@ def _short(error: Exception) -> str:
 
 
 def _middles(total: int, count: int) -> list[int]:
-    from tokred.data.clips import uniform_frames
-
-    return uniform_frames(total, min(count, total))
+    return [int((i + 0.5) * total / count) for i in range(count)]
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

@@ -58,12 +58,14 @@ def digit_backbone_card(name: str) -> dict[str, Any]:
 
 
 def bundle(runs: Sequence[Path], results: Path, into: Path = FOLDER) -> None:
-    """Copy finished runs with float16 weights, and what `compare` measured of them.
+    """Copy finished runs with packed weights, and what `compare` measured of them.
 
     Raises:
         InvalidParameterError: a run is of no family that is bundled, or not among the results.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
+
+    from tokred.zoo.packed import load_weights, pack
 
     measured = json.loads(results.read_text())
     for run in runs:
@@ -76,16 +78,15 @@ def bundle(runs: Sequence[Path], results: Path, into: Path = FOLDER) -> None:
             raise InvalidParameterError(f"{results} has no row of {run}: give it to compare under that name")
         folder = into / family
         folder.mkdir(parents=True, exist_ok=True)
-        state = load_file(run / "model.safetensors")
-        path = folder / "model.safetensors"
-        save_file({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, path)
+        save_file(load_weights(run / "model.safetensors"), folder / "model.safetensors")
+        path = pack(folder / "model.safetensors")
         path.chmod(0o644)
         (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
         weights = {
             "file": path.name,
             "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "dtype": "float16",
+            "dtype": "int8 by rows (tokred.zoo.packed)",
             "parameters": record["parameters"],
         }
         chosen = ("model", "setting", "gmacs", "accuracy", "se")

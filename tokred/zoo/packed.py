@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["expanded", "pack", "packed_state", "plain_state"]
+__all__ = ["expanded", "load_weights", "pack", "packed_path", "packed_state", "plain_state"]
 
 PACKED, PLAIN = ".int8.safetensors", ".safetensors"
 SCALE = "//scale"  # behind the name of a tensor; no module is called so
@@ -55,11 +55,21 @@ def plain_state(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def packed_path(path: Path) -> Path:
+    """Where the packed form of a safetensors file lies."""
+    return path.with_name(path.name.removesuffix(PLAIN) + PACKED)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or float32 of its packed form where that is there instead."""
+    return load_file(path) if path.is_file() else plain_state(load_file(packed_path(path)))
+
+
 def pack(path: Path) -> Path:
     """Replace a safetensors file by its packed form, and keep its notes."""
     with safe_open(path, "pt") as opened:
         notes = opened.metadata()
-    target = path.with_name(path.name.removesuffix(PLAIN) + PACKED)
+    target = packed_path(path)
     save_file({name: value.contiguous() for name, value in packed_state(load_file(path)).items()}, target, notes)
     path.unlink()
     return target

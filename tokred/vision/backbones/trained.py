@@ -9,12 +9,12 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from tokred.core.budget import check_choice
 from tokred.core.errors import InvalidParameterError, TokredError, UnknownParameterError
 from tokred.vision.backbones.lookup_block import check_grid
+from tokred.zoo.packed import load_weights, packed_path
 
 __all__ = ["create", "grid_name", "load_trained", "parse_grids"]
 
@@ -50,12 +50,12 @@ def load_trained(folder: str | Path, weights: str = "model") -> tuple[nn.Module,
     check_choice("weights", weights, ("model", "last"))
     folder = Path(folder)
     path = folder / f"{weights}.safetensors"
-    if not (folder / "config.json").is_file() or not path.is_file():
+    if not (folder / "config.json").is_file() or not (path.is_file() or packed_path(path).is_file()):
         raise InvalidParameterError(f"{folder} holds no finished run: expected config.json and {path.name} in it")
     record: dict[str, Any] = json.loads((folder / "config.json").read_text())
     model = create(record["run"]["model"], record["num_classes"], record["kwargs"])
     try:
-        state = load_file(path)
+        state = load_weights(path)
     except SafetensorError as error:
         raise InvalidParameterError(f"{path} cannot be read: {error}") from error
     try:
