@@ -534,9 +534,9 @@ def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
     from tokred.cli_imagenet import add_imagenet
     from tokred.cli_vqa import add_needle, add_vqa
 
-    tasks = commands.add_parser("eval", help="quality of a model of yours: imagenet, reconstruct").add_subparsers(
-        dest="what", metavar="TASK", required=True
-    )
+    tasks = commands.add_parser(
+        "eval", help="quality of a model of yours: imagenet, vqa, needle, reconstruct"
+    ).add_subparsers(dest="what", metavar="TASK", required=True)
     add_imagenet(tasks, common)
     add_vqa(tasks, common)
     add_needle(tasks, common)

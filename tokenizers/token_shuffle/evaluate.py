@@ -16,7 +16,7 @@ import torch
 from tokred.core.errors import TokredError
 from tokred.data.cards import DigitCards
 from tokred.data.pictures import PictureBatch
-from tokred.eval.bench_tokenize import _Reader
+from tokred.eval.bench_tokenize import Reader
 from tokred.eval.shuffle_table import compare, show
 from tokred.generation.llamagen_vq import VQTokenizer
 from tokred.generation.token_shuffle import TokenShuffle
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             [TokenShuffle.from_pretrained(folder).eval() for folder in args.generators],
             vq,
             PictureBatch(cards.images.float() / 127.5 - 1, cards.labels, cards.captions),
-            _Reader(),
+            Reader(),
             rounds=args.rounds,
             seed=args.seed,
             guidance_scale=args.guidance_scale,

@@ -20,7 +20,7 @@ from torch import Tensor
 from tokred.core.errors import TokredError
 from tokred.data.coloured import COLOURS
 from tokred.data.pictures import CardPictures, PictureBatch, Pictures, open_pictures
-from tokred.eval.reconstruction import SHOWN, Features, Made, Ways, cells, frechet_distance, measure, sheet
+from tokred.eval.reconstruction import SHOWN, Features, cells, frechet_distance, measure, scale_ways, sheet
 from tokred.eval.report import dumps, table
 from tokred.generation.tokenflow import TokenFlow
 
@@ -31,20 +31,6 @@ PAPER = (
     "0.687; 384 pixels, 15 scales: rFID 0.63, PSNR 22.77, SSIM 0.731. The released script takes SSIM with a range of 2 "
     "on pictures in [0, 1], which comes out higher than the SSIM here."
 )
-
-
-def tokenflow_ways(tokenizer: TokenFlow) -> Ways:
-    """The first 1, 2, ... scales of a TokenFlow."""
-    lengths, bits = tokenizer.quantizer.lengths, (tokenizer.codebook_size - 1).bit_length()
-
-    @torch.no_grad()
-    def ways(batch: PictureBatch, before: str | None, number: int) -> Iterator[Made]:
-        codes = tokenizer.encode(batch.images)
-        size = torch.ones(len(codes), dtype=torch.float64)
-        for side, count, pictures in zip(tokenizer.scales, lengths, tokenizer.progressive(codes).cpu(), strict=True):
-            yield f"up to {side} x {side}", count, pictures, size * count * bits / 8
-
-    return ways
 
 
 def targets(batch: PictureBatch, cards: bool) -> dict[str, Tensor]:
@@ -109,7 +95,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     tokenizer = TokenFlow.from_pretrained(given.model).eval()
     pictures, cards = open_data(given.data, tokenizer, given.count), given.data == "cards"
     sees = None if given.features is None else Features(given.features)
-    found, real = measure(pictures.held_out(given.count, given.batch), tokenflow_ways(tokenizer), sees)
+    found, real = measure(pictures.held_out(given.count, given.batch), scale_ways(tokenizer), sees)
     rows = [mine.row(label) for label, mine in found.items()]
     if sees is not None:
         for row, mine in zip(rows, found.values(), strict=True):

@@ -131,7 +131,9 @@ def encode_file(
     else:
         tokens = tokenizer.encode(pixels, _caption(tokenizer, model, caption), truncate=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    form: dict[str, Any] = {"codebook_size": tokenizer.codebook_size} if discrete else {"caption": caption}
+    form: dict[str, Any] = (
+        {"codebook_size": tokenizer.codebook_size, "packed": True} if discrete else {"caption": caption}
+    )
     size = save_tokens(out, tokens, fingerprint=made_by, image_size=tokenizer.image_size, **form)
     written = load_tokens(out)
     found: dict[str, Any] = {
