@@ -23,7 +23,7 @@ __all__ = ["EXPERIMENTS", "LEGEND", "RUN", "TABLES"]
 
 #: As `tokred.eval.bench_tokenize.EXPERIMENTS`.
 EXPERIMENTS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
-    "scales": (("tiny-tokenflow",), {"guidance_scale": 1.0, "top_k": 100, "top_p": 0.95}),
+    "scales": (("tiny-tokenflow",), {"guidance_scale": 3.0, "top_k": 100, "top_p": 0.95}),
     "questions": (
         ("tiny-tokenflow-qa-both", "tiny-tokenflow-qa-semantic", "tiny-tokenflow-qa-pixel"),
         {},
@@ -114,7 +114,7 @@ def _windows(given: Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any],
         done=given.progress.advance,
         **{**settings, "top_k": int(settings["top_k"])},
     )
-    titles = [f"{name}: {row['steps']} steps" for name, row in zip(drawn, found["rows"], strict=True)]
+    titles = [f"{row['steps']} steps" for row in found["rows"]]
     return found, given.by_digit([pictures[:10] for pictures in drawn.values()], titles)
 
 

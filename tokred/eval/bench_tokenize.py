@@ -387,7 +387,7 @@ def _grid(given: Given, settings: Mapping[str, Any]) -> tuple[dict[str, Any], An
             }
         )
     _add_times(given, draws, rows)
-    titles = [row["label"] for row in rows]
+    titles = [f"{row['tokens']} {'tokens' if row['kind'] == '1-D' else 'patches'}" for row in rows]
     return {"rows": rows, "cards": given.original()}, given.by_digit(shown, titles)
 
 
