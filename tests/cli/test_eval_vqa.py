@@ -287,7 +287,7 @@ def test_what_needle_refuses(llm: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "reads 2048 tokens" in line("--lengths", "4000")
     assert "whole numbers" in line("--lengths", "many")
     assert "words of its own haystacks" in line("--haystack", str(tmp_path))
-    assert "expected a text file" in line("--model", str(llm), "--haystack", str(tmp_path))
+    assert "expected a text file" in line("--model", str(llm), "--lengths", "100", "--haystack", str(tmp_path))
     assert "does not fit" in line("--methods", "hired")
     assert "did you mean 'needle-llm'" in line("--model", "needle_llm")
     assert "cannot be loaded" in line("--model", str(tmp_path))
