@@ -47,7 +47,7 @@ def add_imagenet(tasks: Any, common: argparse.ArgumentParser) -> None:
 
           tokred eval imagenet
           tokred eval imagenet --data ILSVRC2012_img_val.tar --labels ILSVRC2012_devkit_t12.tar.gz \\
-              --model deit_small_patch16_224 --run "tome r=8|13|16" --run "zero_tprune preset=deit_s_3.08g"
+              --model deit_small_patch16_224 --method "tome r=8|13|16" --method "zero_tprune preset=deit_s_3.08g"
           tokred eval imagenet --data /data/imagenet/val --model vit_base_patch16_224 --paper
           tokred eval imagenet --data hf:ILSVRC/imagenet-1k --model openclip:ViT-B-32/laion2b_s34b_b79k
         """,
@@ -95,7 +95,7 @@ def add_imagenet(tasks: Any, common: argparse.ArgumentParser) -> None:
         help="wordings of a class, openclip (default: full, 80)",
     )
     made.add_argument(
-        "--run",
+        "--method",
         dest="runs",
         action="append",
         type=runs,

@@ -83,7 +83,7 @@ def test_scenes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The bundled ViT on bundled scenes: the numbers of a plain loop."""
     from tokred.data.scenes import DigitScenes, normalize
 
-    argv = ["--count", "24", "--batch", "8", "--run", "tome r=13|0", "--run", "random_tokens keep_rate=0.5"]
+    argv = ["--count", "24", "--batch", "8", "--method", "tome r=13|0", "--method", "random_tokens keep_rate=0.5"]
     results = evaluated(capsys, *argv, "--out", str(tmp_path))
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert [row["row"] for row in results["rows"]] == [
@@ -132,7 +132,7 @@ def test_folder_and_skipping(capsys: pytest.CaptureFixture[str], tmp_path: Path,
 
     broken = tmp_path / "images"
     shutil.copytree(folder, broken)
-    argv = ["--data", str(broken), *TINY, "--run", "topk keep_rate=0.5", "--batch", "4"]
+    argv = ["--data", str(broken), *TINY, "--method", "topk keep_rate=0.5", "--batch", "4"]
     whole = evaluated(capsys, *argv, "--out", str(tmp_path / "whole"))
     assert whole["images"] == 10
     assert whole["classes"] == 1000
@@ -156,7 +156,7 @@ def test_folder_and_skipping(capsys: pytest.CaptureFixture[str], tmp_path: Path,
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
 @pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="the scenes need scikit-image")
 def test_zero_shot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    argv = ["--model", "digit-clip", "--count", "48", "--run", "topk keep_rate=0.9", "--out", str(tmp_path)]
+    argv = ["--model", "digit-clip", "--count", "48", "--method", "topk keep_rate=0.9", "--out", str(tmp_path)]
     plain, reduced = evaluated(capsys, *argv)["rows"]
     assert plain["top1"] > 0.4  # chance is 0.1
     assert reduced["gmacs"] < plain["gmacs"]
@@ -181,7 +181,7 @@ def test_a_folder_of_transformers(capsys: pytest.CaptureFixture[str], tmp_path: 
         f"hf:{tmp_path / 'model'}",
         "--workers",
         "0",
-        "--run",
+        "--method",
         "tome r=2",
         "--out",
         str(tmp_path / "out"),
@@ -241,7 +241,17 @@ def test_paper_rows_and_columns() -> None:
 
 
 def test_a_killed_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
-    argv = ["--data", str(folder), *TINY, "--batch", "1", "--run", "tome r=1", "--run", "random_tokens keep_rate=0.5"]
+    argv = [
+        "--data",
+        str(folder),
+        *TINY,
+        "--batch",
+        "1",
+        "--method",
+        "tome r=1",
+        "--method",
+        "random_tokens keep_rate=0.5",
+    ]
     whole = evaluated(capsys, *argv, "--out", str(tmp_path / "whole"))
     parts = tmp_path / "parts"
     child = multiprocessing.get_context("fork").Process(target=_slow, args=([*argv, "--out", str(parts)],))
@@ -259,7 +269,7 @@ def test_a_killed_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path
     again = evaluated(capsys, *argv, "--out", str(parts))
     assert _lines(parts) == 30
     assert numbers(again) == numbers(whole)
-    more = evaluated(capsys, *argv, "--run", "tome r=0", "--out", str(parts))  # a row is added to what there is
+    more = evaluated(capsys, *argv, "--method", "tome r=0", "--out", str(parts))  # a row is added to what there is
     assert numbers(more)[:3] == numbers(whole)
     assert len(more["rows"]) == 4
 
@@ -284,7 +294,17 @@ def _lines(out: Path) -> int:
 
 def test_two_processes_find_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
     pytest.importorskip("accelerate")
-    argv = ["--data", str(folder), *TINY, "--batch", "3", "--run", "tome r=1", "--run", "random_tokens keep_rate=0.5"]
+    argv = [
+        "--data",
+        str(folder),
+        *TINY,
+        "--batch",
+        "3",
+        "--method",
+        "tome r=1",
+        "--method",
+        "random_tokens keep_rate=0.5",
+    ]
     alone = evaluated(capsys, *argv, "--out", str(tmp_path / "one"))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = [
@@ -302,6 +322,7 @@ def test_two_processes_find_the_same(capsys: pytest.CaptureFixture[str], tmp_pat
         env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("{"), done.stdout[:500]
     together = json.loads(done.stdout)  # printed once
     assert together["machine"]["processes"] == 2
     assert numbers(together) == numbers(alone)
@@ -329,11 +350,11 @@ def test_runs() -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--run", "tomee r=8"], "did you mean 'tome'"),
-        (["--run", "tome rr=8"], "no parameter 'rr', did you mean 'r'"),
-        (["--run", "tome r"], "is no run, such as"),
-        (["--run", "tome r=-1"], "r=-1"),
-        (["--run", "tome r=8", "--data", "nowhere"], "no data at 'nowhere'; expected a folder"),
+        (["--method", "tomee r=8"], "did you mean 'tome'"),
+        (["--method", "tome rr=8"], "no parameter 'rr', did you mean 'r'"),
+        (["--method", "tome r"], "is no run, such as"),
+        (["--method", "tome r=-1"], "r=-1"),
+        (["--method", "tome r=8", "--data", "nowhere"], "no data at 'nowhere'; expected a folder"),
         (["--labels", "nowhere.txt"], "no --labels at nowhere.txt"),
         (["--count", "0"], "--count 0"),
         (["--batch", "0"], "--batch 0"),
@@ -351,10 +372,10 @@ def test_runs() -> None:
         (["--model", "hf:x", "--image-size", "32"], "--image-size is for timm models"),
         ([*TINY, "--data", "scenes"], "the scenes have 10 classes"),
         (["--split", "train"], "scenes have test and val"),
-        (["--run", "hired budget=0.2"], "acts at VisualFeatures"),
-        (["--run", "topk layers=(30,)"], "30"),
+        (["--method", "hired budget=0.2"], "acts at VisualFeatures"),
+        (["--method", "topk layers=(30,)"], "30"),
         (["--paper"], "no paper that we know of"),
-        (["--model", "digit-strip-mlp", "--run", "tome r=2"], "no host serves"),
+        (["--model", "digit-strip-mlp", "--method", "tome r=2"], "no host serves"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str], says: str) -> None:

@@ -96,6 +96,28 @@ def test_rows_of_an_evaluation(
     assert "--fresh" in line
 
 
+def test_two_processes_give_the_numbers_of_one(
+    pope: Path, vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other here: each answers its own batches, and the first reads what both have recorded."""
+    from tokred.eval import vqa as module
+    from tokred.eval.bench import Progress
+    from tokred.eval.processes import Processes
+    from tokred.eval.vqa_formats import Source
+    from tokred.eval.vqa_rows import parse_methods
+
+    def evaluate(out: Path, rank: int, count: int) -> Any:
+        monkeypatch.setattr(module, "join", lambda device: Processes(rank, count, torch.device("cpu")))
+        options = module.VqaOptions(
+            "pope", out, str(vlm_folder), Source(str(pope), pope), parse_methods("random_tokens:36"), batch=4,
+            tokens=2, instruction="", prompt=PROMPT,
+        )  # fmt: skip
+        return module.run(options, Progress(quiet=True))
+
+    assert evaluate(tmp_path / "two", 1, 2) is None
+    assert numbers(evaluate(tmp_path / "two", 0, 2)) == numbers(evaluate(tmp_path / "one", 0, 1))
+
+
 def test_videos_and_quota(vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tokred.zoo.digit_vlm import digit_video_vlm
 

@@ -83,7 +83,7 @@ TASKS: dict[str, Task] = {
     "tokenize": Task(
         "tokred.eval.bench_tokenize",
         "the bundled image tokenizers on held-out cards: what few tokens give back, what their generators draw",
-        methods="reconstruct,generate,captions,grid,scales,questions,windows",
+        methods="reconstruct, generate, captions, grid, scales, questions, windows",
         level="tokens of a picture",
         levels=(1, 2, 4, 8, 16),
         scenes=200,

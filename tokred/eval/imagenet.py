@@ -39,7 +39,7 @@ __all__ = ["DEFAULT_RUNS", "ImagenetOptions", "Run", "run", "show"]
 UNPATCHED = "unpatched"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Run = tuple[str, Mapping[str, Any]]  # a method by name and its parameters (and options of `patch`)
-#: where --run does not say: settings that every depth has
+#: where --method does not say: settings that every depth has
 DEFAULT_RUNS: tuple[Run, ...] = (("tome", {"r": 8}), ("topk", {"keep_rate": 0.7}), ("zero_tprune", {"keep_rate": 0.7}))
 
 

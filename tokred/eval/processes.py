@@ -56,7 +56,8 @@ def join(device: str | None = None) -> Processes:
         require("eval", "accelerate", what="an evaluation by several processes")
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+        state = PartialState(cpu=on_cpu)  # without it accelerate starts no group of CPU processes
         return Processes(state.process_index, state.num_processes, state.device, state)
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
