@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import statistics
 import textwrap
 import time
@@ -32,9 +31,9 @@ from tokred.eval.bench import Progress, require
 from tokred.eval.hub import unreachable, what_to_do
 from tokred.eval.inside import tokens_read
 from tokred.eval.longbench import DATASETS, LongQuestion, judge_long, read_longbench, read_prompts, rouge_1
-from tokred.eval.processes import join
+from tokred.eval.processes import finish, join
 from tokred.eval.records import Records, claim, read
-from tokred.eval.report import dumps, percent, signed, table
+from tokred.eval.report import percent, signed, table
 from tokred.eval.vision import paired
 from tokred.eval.vqa_hosts import DTYPES, Answers
 from tokred.eval.vqa_metrics import Metric, gqa_answer, share
@@ -467,12 +466,7 @@ def run(options: NeedleOptions, progress: Progress) -> dict[str, Any] | None:
         "rows": _measured(options, host, rows, cases),
         "files": {"results": str(options.out / "results.json"), "records": str(options.out / "records")},
     }
-    results["seconds"] = round(time.perf_counter() - began, 1)
-    half = options.out / "results.part"
-    half.write_text(dumps(results) + "\n", encoding="utf-8")
-    os.replace(half, options.out / "results.json")
-    processes.leave()
-    return results
+    return finish(processes, results, options.out, began)
 
 
 def _settings(options: NeedleOptions, cases: Sequence[Case], host: LLMHost) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokred.core.errors import InvalidParameterError
 from tokred.eval.bench import require
+from tokred.eval.report import dumps
 
-__all__ = ["Processes", "join"]
+__all__ = ["Processes", "finish", "join"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,16 @@ class Processes:
         """No process waits for this one any more."""
         if self._state is not None:
             self._state.destroy_process_group()
+
+
+def finish(processes: Processes, results: dict[str, Any], out: Path, began: float) -> dict[str, Any]:
+    """Note the seconds since `began`, write results.json whole or not at all, and let the other processes go."""
+    results["seconds"] = round(time.perf_counter() - began, 1)
+    half = out / "results.part"
+    half.write_text(dumps(results) + "\n", encoding="utf-8")
+    os.replace(half, out / "results.json")
+    processes.leave()
+    return results
 
 
 def join(device: str | None = None) -> Processes:

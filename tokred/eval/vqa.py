@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import statistics
 import textwrap
 import time
@@ -26,9 +25,9 @@ from torch import Tensor
 from tokred.core.catalog import compatibility
 from tokred.core.errors import InvalidParameterError
 from tokred.eval.bench import Progress, require
-from tokred.eval.processes import join
+from tokred.eval.processes import finish, join
 from tokred.eval.records import Records, claim, read
-from tokred.eval.report import dumps, percent, signed, table
+from tokred.eval.report import percent, signed, table
 from tokred.eval.vision import paired
 from tokred.eval.vqa_formats import BENCHMARKS, Question, Source, benchmark, read_questions
 from tokred.eval.vqa_hosts import BUNDLED, VLMHost, frame_scorer, load_vlm
@@ -172,12 +171,7 @@ def run(options: VqaOptions, progress: Progress) -> dict[str, Any] | None:
         "rows": _measured(made, options),
         "files": {"results": str(options.out / "results.json"), "records": str(options.out / "records")},
     }
-    results["seconds"] = round(time.perf_counter() - began, 1)
-    half = options.out / "results.part"
-    half.write_text(dumps(results) + "\n", encoding="utf-8")
-    os.replace(half, options.out / "results.json")
-    processes.leave()
-    return results
+    return finish(processes, results, options.out, began)
 
 
 def _settled(options: VqaOptions) -> tuple[VqaOptions, str]:
