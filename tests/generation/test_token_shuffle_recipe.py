@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.generation.test_recipes import same_weights
 
 for package in ("accelerate", "diffusers", "timm", "sklearn", "skimage", "transformers"):
     pytest.importorskip(package)
@@ -76,16 +77,6 @@ def interrupted(module: ModuleType, argv: list[str]) -> None:
         patched.setattr(CardPictures, "train", stopping)
         with pytest.raises(KeyboardInterrupt):
             module.main(argv)
-
-
-def same_weights(first: Path, second: Path) -> None:
-    from safetensors.torch import load_file
-
-    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
-    assert files
-    for file in files:
-        one, two = load_file(first / file), load_file(second / file)
-        assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

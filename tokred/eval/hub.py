@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["unreachable", "what_to_do"]
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokred.core.errors import InvalidParameterError, nearest
+
+__all__ = ["pretrained", "unreachable", "what_to_do"]
 
 #: classes by name: huggingface_hub, requests, httpx, urllib3, urllib and datasets have their own
 _SIGNS = {
@@ -37,3 +43,29 @@ def what_to_do(what: str, local: str) -> str:
         f"{what} is not in the cache here and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set); fetch "
         f"it once where there is a network (hf download) and copy the cache (HF_HOME), or {local}"
     )
+
+
+def pretrained(name: str, readers: Sequence[Any], bundled: Sequence[str], what: str, dtype: Any) -> tuple[Any, Any]:
+    """A model of transformers in eval mode, and its tokenizer or processor.
+
+    Args:
+        name: a folder, or an id of the hub. readers: the Auto classes of the model and of what goes with it.
+        bundled: names that would have done, for the message. what: the model is expected to be. dtype: of its weights.
+
+    Raises:
+        InvalidParameterError: there is no such model, it is another kind, or the hub cannot be reached.
+    """
+    if not Path(name).exists() and "/" not in name:
+        raise InvalidParameterError(
+            f"no model {name!r}{nearest(name, bundled)}: expected {', '.join(bundled)}, a folder, or an id of the hub"
+        )
+    model_reader, other_reader = readers
+    try:
+        other = other_reader.from_pretrained(name)
+        return model_reader.from_pretrained(name, dtype=dtype).eval(), other
+    except Exception as error:
+        if unreachable(error):
+            raise InvalidParameterError(what_to_do(f"the model {name}", "give --model a folder with it")) from error
+        raise InvalidParameterError(
+            f"--model {name} cannot be loaded as a {what}: {str(error).splitlines()[0]}"
+        ) from error

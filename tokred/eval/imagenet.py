@@ -28,9 +28,9 @@ from tokred.eval.bench import Progress, require
 from tokred.eval.classifiers import Choice, Classifier, digest, load_classifier
 from tokred.eval.imagenet_data import Batch, ImageData, Source, open_images
 from tokred.eval.imagenet_reported import Reported, paper_runs, reported
-from tokred.eval.processes import Processes, join
+from tokred.eval.processes import Processes, finish, join
 from tokred.eval.records import Key, Records, claim, read
-from tokred.eval.report import dumps, percent, table, token_chain
+from tokred.eval.report import percent, table, token_chain
 from tokred.eval.vision import Estimate, mean
 from tokred.vision.random_tokens import RandomTokens
 
@@ -156,10 +156,7 @@ def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
         here.leave()
         return None
     results = _results(rows, classifier, data, size, options, here, clock)
-    results["seconds"] = round(time.perf_counter() - began, 1)
-    (options.out / "results.json").write_text(dumps(results) + "\n", encoding="utf-8")
-    here.leave()
-    return results
+    return finish(here, results, options.out, began)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

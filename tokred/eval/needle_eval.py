@@ -28,7 +28,7 @@ from tokred.core.errors import InvalidParameterError, nearest
 from tokred.core.method import Method
 from tokred.core.patch import patch
 from tokred.eval.bench import Progress, require
-from tokred.eval.hub import unreachable, what_to_do
+from tokred.eval.hub import pretrained
 from tokred.eval.inside import tokens_read
 from tokred.eval.longbench import DATASETS, LongQuestion, judge_long, read_longbench, read_prompts, rouge_1
 from tokred.eval.processes import finish, join
@@ -243,22 +243,13 @@ def load_llm(name: str, device: torch.device | str = "cpu", dtype: str = "auto")
 
         model, tokenizer = zoo.load(name)
         return LLMHost(name, model.to(device, DTYPES.get(dtype, torch.float32)), tokenizer)
-    if not Path(name).exists() and "/" not in name:
-        raise InvalidParameterError(
-            f"no model {name!r}{nearest(name, [BUNDLED])}: expected {BUNDLED}, a folder, or an id of the hub"
-        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wanted: Any = DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted).eval().to(device)
-    except Exception as error:
-        if unreachable(error):
-            raise InvalidParameterError(what_to_do(f"the model {name}", "give --model a folder with it")) from error
-        raise InvalidParameterError(
-            f"--model {name} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
-        ) from error
+    model, tokenizer = pretrained(
+        name, (AutoModelForCausalLM, AutoTokenizer), [BUNDLED], "causal language model", wanted
+    )
+    model = model.to(device)
     if not tokenizer.is_fast:
         raise InvalidParameterError(f"--model {name}: its tokenizer is a slow one, which cannot say where words stand")
     from tokred.adapters.registry import find_host

@@ -6,18 +6,17 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokred.core.errors import InvalidParameterError, nearest
+from tokred.core.errors import InvalidParameterError
 from tokred.core.method import Method, VisualMethod
 from tokred.core.patch import Patch, patch
 from tokred.eval.bench import require
-from tokred.eval.hub import unreachable, what_to_do
+from tokred.eval.hub import pretrained, unreachable, what_to_do
 from tokred.eval.inside import tokens_read
 
 __all__ = ["BUNDLED", "Answers", "VLMHost", "frame_scorer", "load_vlm"]
@@ -204,22 +203,13 @@ def load_vlm(
         model, processor = zoo.load(name)
         model = model.to(device, DTYPES.get(dtype, torch.float32))
         return VLMHost(name, model, processor, template or _DIGIT_PROMPT, TOWER_CONFIG["image_size"])
-    if not Path(name).exists() and "/" not in name:
-        raise InvalidParameterError(
-            f"no model {name!r}{nearest(name, BUNDLED)}: expected {', '.join(BUNDLED)}, a folder, or an id of the hub"
-        )
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     wanted: Any = DTYPES.get(dtype) or (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=wanted).eval().to(device)
-    except Exception as error:
-        if unreachable(error):
-            raise InvalidParameterError(what_to_do(f"the model {name}", "give --model a folder with it")) from error
-        raise InvalidParameterError(
-            f"--model {name} cannot be loaded as a multimodal model: {str(error).splitlines()[0]}"
-        ) from error
+    model, processor = pretrained(
+        name, (AutoModelForImageTextToText, AutoProcessor), [*BUNDLED], "multimodal model", wanted
+    )
+    model = model.to(device)
     from tokred.adapters.registry import find_host
 
     find_host(model)  # refuses a family without a host, by name
