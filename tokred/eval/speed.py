@@ -87,8 +87,12 @@ def pairs(
 
 
 def _time(model: nn.Module, batch: Tensor) -> float:
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)
     start = time.perf_counter()
     model(batch)
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)
     return time.perf_counter() - start
 
 

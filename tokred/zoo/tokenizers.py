@@ -63,7 +63,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 TOKENIZERS = {
     "tiny-flextok": "1 to 16 ordered tokens of a 32x32 card, and the card back from any number of the first",
     "tiny-flextok-ar": "the tokens of tiny-flextok for a digit, drawn one after the other",
-    "tiny-textok": "4 continuous tokens of a 32x32 card beside its caption, back, and new ones of a digit",
+    "tiny-textok": "2 continuous tokens of a 32x32 card beside its caption, back, and new ones of a digit",
     "tiny-textok-no-text": "the twin of tiny-textok, trained alike but without captions",
     "tiny-textok-grid": "the generator of tiny-textok on the 64 patches of 4x4 pixels of a card, without a tokenizer",
     "tiny-tokenflow": "121 codes in five scales of a 32x32 card, the card back from the first scales, and new ones",
