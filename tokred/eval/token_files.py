@@ -23,7 +23,18 @@ from tokred.eval.bench import require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["as_good", "compressed", "decode_file", "encode_file", "open_picture", "told"]
+__all__ = [
+    "as_good",
+    "compressed",
+    "decode_file",
+    "decoded",
+    "encode_file",
+    "open_picture",
+    "picture_format",
+    "samples",
+    "told",
+    "write_picture",
+]
 
 #: Format of PIL -> its qualities, worst to best.
 FORMATS = {"JPEG": range(1, 101), "WEBP": range(0, 101)}
@@ -148,7 +159,7 @@ def encode_file(
     }
     if compare:
         picture = to_pil(pixels)[0]
-        again = to_pil(_decoded(tokenizer, model, written, None, None, seed if _samples(tokenizer) else None, None))[0]
+        again = to_pil(decoded(tokenizer, model, written, None, None, seed if samples(tokenizer) else None, None))[0]
         found["psnr"] = _psnr(again, picture)
         found["compared"] = [as_good(picture, other, found["psnr"]) for other in FORMATS]
     return found
@@ -176,15 +187,11 @@ def decode_file(
             picture is written.
     """
     require("diffusers", "diffusers", "transformers", what="tokred decode")
-    from PIL import Image
-
     from tokred.generation.images import to_pil
     from tokred.generation.packing import load_tokens
     from tokred.zoo.tokenizers import open_tokenizer
 
-    form = Image.registered_extensions().get(out.suffix.lower())
-    if form not in Image.SAVE:
-        raise InvalidParameterError(f"--out {out}: unknown file extension {out.suffix!r}; expected .png, .jpg or such")
+    form = picture_format(out)
     known = load_tokens(file, allow_truncated=allow_truncated)
     name = model or ("textok" if known.bits is None else _maker(known.crc))
     tokenizer, made_by = open_tokenizer(name)
@@ -194,14 +201,8 @@ def decode_file(
     tokens = load_tokens(
         file, allow_truncated=allow_truncated, fingerprint=made_by, codebook_size=tokenizer.codebook_size
     )
-    picture = to_pil(_decoded(tokenizer, name, tokens, steps, guidance, seed, num_tokens))[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
-    try:
-        picture.save(partial, form)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    picture = to_pil(decoded(tokenizer, name, tokens, steps, guidance, seed, num_tokens))[0]
+    write_picture(picture, out, form)
     used = len(tokens.tokens) if num_tokens is None else min(num_tokens, len(tokens.tokens))
     return {
         "file": str(out),
@@ -213,7 +214,32 @@ def decode_file(
     }
 
 
-def _samples(tokenizer: Any) -> bool:
+def picture_format(out: Path) -> str:
+    """PIL's name of the format of a file that is going to be written.
+
+    Raises:
+        InvalidParameterError: PIL writes no files with this ending.
+    """
+    from PIL import Image
+
+    form = Image.registered_extensions().get(out.suffix.lower())
+    if form is None or form not in Image.SAVE:
+        raise InvalidParameterError(f"--out {out}: unknown file extension {out.suffix!r}; expected .png, .jpg or such")
+    return form
+
+
+def write_picture(picture: Image, out: Path, form: str) -> None:
+    """Write a picture; the file appears whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    try:
+        picture.save(partial, form)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def samples(tokenizer: Any) -> bool:
     """Whether its decoder draws noise and takes steps."""
     from tokred.generation.flextok import FlexTok
 
@@ -237,7 +263,7 @@ def _caption(tokenizer: Any, model: str, caption: str | None) -> str | None:
     return caption
 
 
-def _decoded(
+def decoded(
     tokenizer: Any,
     model: str,
     held: Any,
@@ -247,7 +273,7 @@ def _decoded(
     num_tokens: int | None,
 ) -> torch.Tensor:
     """The picture (1, 3, H, W) of what a file holds."""
-    if _samples(tokenizer):
+    if samples(tokenizer):
         height, width = held.image_size
         return tokenizer.decode(
             held.tokens[None],
