@@ -7,10 +7,10 @@ Random weights. A pair is one picture's codes drawn code by code (window 1) and 
 apart, both through `generate` with a cache; rows take turns and the order inside a pair alternates. A line is the
 median of the paired ratios with its 95 % interval (order statistics).
 
-The limit of a speed-up is the ratio of multiply-adds of a whole picture (`image_macs`, the cost model of
-`shared/specs/token_shuffle.md`, section 8): the transformer's linear part falls by s^2, attention by about s^4, the
-head not at all. A step that waits for memory or for the interpreter costs more than its multiply-adds; seconds a
-picture at the rate of one large matrix product, measured in the same run, show how far away that is.
+The limit of a speed-up is the ratio of multiply-adds of a whole picture (`image_macs`): the transformer's linear part
+falls by s^2, attention by about s^4, the head not at all. A step that waits for memory or for the interpreter costs
+more than its multiply-adds; seconds a picture at the rate of one large matrix product, measured in the same run, show
+how far away that is.
 """
 
 from __future__ import annotations

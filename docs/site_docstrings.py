@@ -12,7 +12,7 @@ from typing import Any
 
 import griffe
 
-HEADER = re.compile(r"^( *)(Attributes|Args):$")
+HEADER = re.compile(r"^( *)(Attributes|Class attributes|Args|Raises):$")
 NAME = r"\*{0,2}[A-Za-z_]\w*\*?"
 FIRST = re.compile(rf"({NAME}(?:, {NAME})*): ")
 FURTHER = re.compile(rf"(?<=[.;)\]] )({NAME}(?:, {NAME})*): ")
@@ -41,13 +41,16 @@ class OneEntryEach(griffe.Extension):
 
 
 def entries(text: str, names: set[str]) -> str:
-    """A docstring with one entry a line in its sections of arguments; `names` may begin an entry inside another."""
+    """A docstring with one entry a line in its sections of arguments and errors.
+
+    `names`, and names of errors, may begin an entry inside another.
+    """
     found: list[str] = []
     lines = ROLE.sub("", text).split("\n")
     while lines:
         line = lines.pop(0)
-        found.append(line)
         header = HEADER.match(line)
+        found.append(line.replace("Class attributes:", "Attributes:"))  # the parser does not know them
         if header:
             indent = len(header[1]) + 4
             block = []
@@ -55,7 +58,8 @@ def entries(text: str, names: set[str]) -> str:
                 if not lines[0].strip() and not (lines[1:] and lines[1].startswith(" " * indent)):
                     break
                 block.append(lines.pop(0))
-            found += [entry for part in _parts(block, indent) for entry in _split(part, indent, names)]
+            known = {*re.findall(r"\b\w+Error\b", " ".join(block))} if header[2] == "Raises" else names
+            found += [entry for part in _parts(block, indent) for entry in _split(part, indent, known)]
     return "\n".join(found)
 
 

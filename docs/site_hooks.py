@@ -3,6 +3,7 @@
 - `PAGES` are files outside docs/ that the site shows whole. A link to a file that it shows leads to its page; one to
   another file of the repository becomes the file's name.
 - `<!-- section: FILE | HEADING -->` becomes what stands in FILE below that heading.
+- A picture that stands alone leads to itself in full size: on a telephone its labels are too small.
 - A pattern such as `evaluation*.md` in the navigation stands for the pages that match it.
 - `<!-- measured: FILE, COLUMN | LABEL | LABEL -->` becomes those rows of the tables in FILE with a column of that name
   whose first cell begins with one of the labels; of a text file (no column), the lines that name a label below their
@@ -31,8 +32,11 @@ PAGES = {
 
 SECTION = re.compile(r"^<!-- section: (.+?) \| (.+?) -->$", re.MULTILINE)
 MEASURED = re.compile(r"<!-- measured: (.+?) -->")
+IMAGE = re.compile(r'<p>(<img [^>]*?src="([^"]+)"[^>]*>)</p>')
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
-HEADING = re.compile(r"(model|method|prompt) .* {2}\S")
+HEADING = re.compile(r"(model|method|prompt| +speed-up) .* {2}\S")
+#: A space of a cell where a narrow column must not break: a number and its error, a paper's number.
+UNBROKEN = re.compile(r"(±|\d(?= ±)|arXiv) ")
 MARKUP = str.maketrans("", "", "*`[")
 
 
@@ -65,12 +69,17 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     return site_markdown(markdown, page.file.src_uri)
 
 
+def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
+    return IMAGE.sub(r'<p><a class="picture" href="\2">\1</a></p>', html)
+
+
 def site_markdown(markdown: str, uri: str) -> str:
     """The text of page `uri` as MkDocs reads it: passages and numbers in place, links that lead somewhere."""
     source = next((path for path, page in PAGES.items() if page == uri), f"docs/{uri}")
     text = _change(markdown, lambda line: LINK.sub(lambda match: _link(match, source, uri), line))
     text = SECTION.sub(lambda match: section(match[1], match[2], uri), text)
-    return _change(text, lambda line: MEASURED.sub(lambda match: measured(match[1], uri), line))
+    text = _change(text, lambda line: MEASURED.sub(lambda match: measured(match[1], uri), line))
+    return _change(text, lambda line: UNBROKEN.sub("\\1\u00a0", line) if line.startswith("|") else line)
 
 
 def section(name: str, heading: str, uri: str) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.browser import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -167,3 +170,19 @@ def test_median_interval():
     values = [float(v) for v in (5, 1, 12, 3, 2, 11, 4, 10, 6, 9, 7, 8)]
     assert module.median_interval(values) == (6.5, 3.0, 10.0)
     assert module.median_interval([1.0, 2.0]) == (1.5, 1.0, 2.0)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_demo_benchmark_clicks_every_tab(tmp_path):
+    for package in ("gradio", "timm", "transformers", "open_clip", "diffusers", "sklearn", "av", "playwright"):
+        pytest.importorskip(package)
+    if not any(map(shutil.which, NAMES)):
+        pytest.skip(f"needs one of {', '.join(NAMES)} on the PATH")
+    result = json.loads(run("demo.py", "--json", "--pictures", str(tmp_path)))
+    assert result["start"] > 0
+    assert result["paint"]["desktop"] > 0
+    tabs = {"classify", "ask, picture", "ask, video", "long text", "tokenize", "compare classifiers", "compare answers"}
+    assert set(result["clicks"]) == tabs
+    assert all(len(times["desktop"]) == 1 and times["desktop"][0] > 0 for times in result["clicks"].values())
+    assert len(list(tmp_path.glob("desktop-*.png"))) == len(tabs)

@@ -7,15 +7,21 @@ import dataclasses
 import importlib
 import inspect
 import re
+import shlex
 import textwrap
+import threading
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tokred
+from tests.browser import browser, visit  # noqa: F401  browser is a fixture
+from tokred.cli import parser
 from tokred.core import method as registry
 from tokred.core.patch import check_free
 
@@ -49,6 +55,13 @@ def load(name: str) -> Any:
 HOOKS = load("site_hooks")
 
 
+def methods() -> list[Any]:
+    """The classes of our own methods."""
+    known = registry.registered()
+    classes = [known[record.name] for record in tokred.methods()]
+    return [cls for cls in classes if cls.__module__.startswith("tokred.")]
+
+
 def text_of(page: str) -> str:
     """A page as MkDocs reads it."""
     return HOOKS.site_markdown((DOCS / page).read_text(encoding="utf-8"), page)
@@ -80,10 +93,11 @@ def test_every_page_is_built(site: Path) -> None:
         assert "<!-- measured:" not in html, page
         assert "<!-- section:" not in html, page
         assert "<p>:::" not in html, page
-    for cls in (tokred.ToMe, tokred.ZeroTPrune, tokred.EVS):
+    for cls in methods():
         options = (site / f"methods/{cls.name}.html").read_text(encoding="utf-8")
-        entries = re.findall(r"<b><code[^>]*>(?:<[^>]+>)*([a-z_]+)", options)
-        assert {field.name for field in dataclasses.fields(cls)} <= set(entries), cls
+        entries = re.findall(r"<b><code[^>]*>(?:<[^>]+>)*([a-z_0-9]+)", options)
+        undocumented = {field.name for field in dataclasses.fields(cls)} - set(entries)
+        assert not undocumented, (cls, undocumented)
     assert (site / "search/search_index.json").stat().st_size > 100_000
 
 
@@ -127,11 +141,9 @@ def test_the_check_sees_resources() -> None:
 
 
 def test_every_method_has_a_page() -> None:
-    known = registry.registered()
-    own = [record for record in tokred.methods() if known[record.name].__module__.startswith("tokred.")]
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     index = (DOCS / "methods/index.md").read_text(encoding="utf-8")
-    for name in (*(record.name for record in own), *MODELS):
+    for name in (*(cls.name for cls in methods()), *MODELS):
         text = (DOCS / f"methods/{name}.md").read_text(encoding="utf-8")
         assert f"methods/{name}.md" in nav
         assert f"]({name}.md)" in index
@@ -139,8 +151,13 @@ def test_every_method_has_a_page() -> None:
         assert found == [part for part in SECTIONS if part in found], name
         assert set(SECTIONS) - set(found) <= ({"Paper says"} if name == "random_tokens" else set()), name
         assert len(text.splitlines()) <= 100, name
-    for record in own:
-        assert f"::: tokred.{known[record.name].__name__}\n" in (DOCS / f"methods/{record.name}.md").read_text()
+        parts = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S))
+        assert "```text" in parts["What it computes"], name
+        assert ":::" in parts["Options"], name
+        assert "<!-- measured: " in parts["Measured here"], name
+    for cls in methods():
+        assert f"::: tokred.{cls.__name__}\n" in (DOCS / f"methods/{cls.name}.md").read_text()
+        assert f"| [`{cls.__name__}(" in index, "a row of the table of all methods"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -221,7 +238,7 @@ def run(code: str, page: str, names: dict[str, Any]) -> None:
     exec(compile(code, page, "exec", dont_inherit=True), names)
 
 
-WITH_CODE = [page for page in PAGES if re.match(r"index|start/|methods/|extend/", page) and runnable(page)]
+WITH_CODE = [page for page in PAGES if re.match(r"index|cost|start/|methods/|extend/", page) and runnable(page)]
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
@@ -243,13 +260,134 @@ def test_the_code_runs(
             check_free(names[name])  # the page cleans up, as it tells its readers to
 
 
+# Commands
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The arguments of every `tokred ...` in the blocks of a console."""
+    lines = "\n".join(re.findall(r"^```console\n(.*?)^```", text, flags=re.M | re.S)).replace("\\\n", " ").splitlines()
+    calls = [re.split(r"\btokred(?:\.cli)? (?=[a-z])", line, maxsplit=1)[-1] for line in lines if STARTS.match(line)]
+    return [shlex.split(call, comments=True) for call in calls]
+
+
+STARTS = re.compile(r"tokred |accelerate launch (.*)-m tokred\.cli |python -m tokred\.cli ")
+WITH_COMMANDS = [
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("tokenizers/*/README.md")))
+    if commands_of(path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_commands_are_taken_by_the_command_line(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in commands_of((ROOT / page).read_text(encoding="utf-8")):
+        try:
+            parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"tokred {shlex.join(arguments)}: {capsys.readouterr().err.splitlines()[-1]}")
+
+
+def test_the_check_of_commands_sees_them() -> None:
+    text = "```console\ntokred list   # all\ntokred eval imagenet \\\n    --method 'a b=8'\nmake docs\n```\n`tokred`\n"
+    assert commands_of(text) == [["list"], ["eval", "imagenet", "--method", "a b=8"]]
+
+
+def test_every_command_is_in_the_block_of_the_readme() -> None:
+    (block,) = [part for part in re.findall(r"```console\n(.*?)```", README, re.S) if "tokred list" in part]
+    (choices,) = [set(action.choices) for action in parser()._actions if action.dest == "command"]
+    assert {line.split()[1] for line in block.splitlines() if line.startswith("tokred ")} == choices
+
+
+# README
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short() -> None:
+    """What it is, one picture, two commands, one table; the rest stands in docs."""
+    assert len(README.splitlines()) <= 160
+    assert len(re.findall(r"!\[", README)) == 1
+    assert len(re.findall(r"^\|-", README, flags=re.M)) == 1
+    (two,) = [part for part in re.findall(r"```console\n(.*?)```", README, re.S) if part.startswith("make ")]
+    assert len(two.splitlines()) == 2
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        assert (ROOT / path).exists(), target
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"\W+", "-", heading.lower()).strip("-") for heading in headings}, target
+
+
+# What a reader sees
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A server without a line a request."""
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    """The address of the site on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_pages_fit_the_window(site: Path, browser: Any) -> None:  # noqa: F811
+    """Nothing is asked of another machine, no script fails, no picture is missing, no page scrolls sideways."""
+    with visit(browser) as seen:
+        for path in sorted(set(site.rglob("*.html")) - {site / "404.html"}):  # that one is for a server
+            seen.page.goto(path.as_uri(), wait_until="load")
+            where = path.relative_to(site)
+            assert seen.page.evaluate("[...document.images].every(image => image.naturalWidth > 0)"), where
+            for width in (400, 1280):
+                seen.page.set_viewport_size({"width": width, "height": 900})
+                assert seen.overflow() <= 0, (where, width)
+            assert not seen.errors, (where, seen.errors)
+        assert not [url for url in seen.requests if not url.startswith(("file:", "data:"))]
+
+
+@pytest.mark.browser
+def test_a_page_opens_from_a_disk(site: Path, browser: Any) -> None:  # noqa: F811
+    with visit(browser) as seen:
+        seen.page.goto((site / "index.html").as_uri())
+        seen.page.get_by_role("link", name="ToMe", exact=True).first.click()
+        assert seen.page.url == (site / "methods/tome.html").as_uri()
+        assert not seen.errors
+        assert not seen.outside
+
+
+@pytest.mark.browser
+def test_the_search_finds_a_method(served: str, browser: Any) -> None:  # noqa: F811
+    with visit(browser) as seen:
+        seen.page.goto(f"{served}/index.html")
+        field = seen.page.locator(".md-search__input")
+        field.click()  # the index is read then
+        field.press_sequentially("GemFilter", delay=20)
+        found = seen.page.locator(".md-search-result__link[href*='methods/gemfilter.html']")
+        found.first.wait_for(state="attached", timeout=20_000)
+        assert not seen.outside
+        assert not seen.errors
+
+
 # What stands elsewhere
 
 
 def test_numbers_come_from_the_files() -> None:
-    table = HOOKS.measured("README.md, 16 tokens | Random | HiRED", "x.md").splitlines()
+    table = HOOKS.measured("docs/measured.md, 16 tokens | Random | HiRED", "x.md").splitlines()
     assert len(table) == 4  # header, rule, two rows
-    assert set(table) <= set((ROOT / "README.md").read_text(encoding="utf-8").splitlines())
+    assert set(table) <= set((DOCS / "measured.md").read_text(encoding="utf-8").splitlines())
     results = "benchmarks/results/vit-cpu-amd-epyc.txt"
     lines = HOOKS.measured(f"{results} | ToMe r=13", "x.md").splitlines()
     assert lines[0] == "```text"
@@ -259,10 +397,10 @@ def test_numbers_come_from_the_files() -> None:
     assert set(lines[1:-1]) < set((ROOT / results).read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("what", ["README.md, 16 tokens | NoMethod", "README.md, no column | Random", "README.md"])
+@pytest.mark.parametrize("what", ["16 tokens | NoMethod", "no column | Random", "16 tokens"])
 def test_numbers_that_are_gone_stop_the_build(what: str) -> None:
-    with pytest.raises(PluginError, match=r"nothing in README"):
-        HOOKS.measured(what, "x.md")
+    with pytest.raises(PluginError, match=r"nothing in docs/measured"):
+        HOOKS.measured(f"docs/measured.md, {what}", "x.md")
 
 
 def test_a_section_that_is_gone_stops_the_build() -> None:
@@ -282,8 +420,16 @@ def test_docstrings_fall_into_entries() -> None:
         rows, columns: of the :func:`grid`.
 
     Raises:
-        ValueError: never. low: is no entry here."""
-    assert load("site_docstrings").entries(text, {"low", "high", "rows", "columns"}).split("\n")[3:7] == [
+        ValueError: never. low: is no entry here.
+        KeyError: no such key; TypeError, LayerError: rarely."""
+    found = load("site_docstrings").entries(text, {"low", "high", "rows", "columns"}).split("\n")
+    assert found[-4:] == [
+        "        ValueError: never. low: is no entry here.",
+        "        KeyError: no such key;",
+        "        TypeError: rarely.",
+        "        LayerError: rarely.",
+    ]
+    assert found[3:7] == [
         "        low: a number.",
         "        high: another, see low: no name of its own.",
         "        rows: of the `grid`.",
@@ -308,4 +454,7 @@ def test_links_lead_to_pages_or_lose_their_address() -> None:
     assert become("[a](https://arxiv.org/abs/1)") == "[a](https://arxiv.org/abs/1)"
     assert become("[a](nowhere.md)") == "[a](nowhere.md)"  # MkDocs says so
     assert become("[a](../../docs/hosts.md)", "recipes/flextok.md") == "[a](../hosts.md)"
+    assert HOOKS.on_page_content('<p><img alt="a" src="x.png"></p>', page=None, config=None, files=None) == (
+        '<p><a class="picture" href="x.png"><img alt="a" src="x.png"></a></p>'
+    )
     assert become("```\n[a](../../README.md)\n```") == "```\n[a](../../README.md)\n```"

@@ -7,13 +7,12 @@ code 2; ``--debug`` shows the traceback.
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from tokred.eval.bench import Task
@@ -50,18 +49,27 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as everything else that is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser of the command."""
     from tokred import __version__
+    from tokred.cli_generate import add_generate
 
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="tokred",
         description="Token reduction for vision and multimodal models: what there is, what it keeps, what it costs.",
     )
     root.add_argument("--version", action="version", version=f"tokred {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common = argparse.ArgumentParser(add_help=False, parents=[debug])
     common.add_argument("--json", action="store_true", help="print JSON to stdout and nothing else there")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_list(commands, common)
     _add_bench(commands, common)
@@ -69,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     _add_flops(commands, common)
     _add_encode(commands, common)
     _add_decode(commands, common)
+    add_generate(commands, common)
     _add_eval(commands, common)
+    _add_demo(commands, debug)
     return root
 
 
@@ -87,14 +97,12 @@ def _add(commands: Any, common: argparse.ArgumentParser, name: str, run: Any, sh
 
 def _setting(text: str) -> tuple[str, Any]:
     """``key=value``; the value is a Python literal (0.5, 3,6,9, None, {1: (10, 0.9)}), else a string."""
+    from tokred.eval.runs import literal
+
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is no key=value")
-    try:
-        parsed = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
-    except (ValueError, SyntaxError):
-        parsed = value
-    return key.strip(), parsed
+    return key.strip(), literal(value)
 
 
 def _method_setting(text: str) -> tuple[str, str, Any]:
@@ -168,6 +176,36 @@ def _shown(value: Any) -> str:
     return value if value == "required" else repr(value)
 
 
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: Any, debug: argparse.ArgumentParser) -> None:
+    made = _add(
+        commands,
+        debug,
+        "demo",
+        _demo,
+        "a web page on which the bundled models are reduced before your eyes",
+        """
+        Serve a web page (Gradio) on this machine: classify pictures, ask about pictures and videos, question a long
+        text, turn pictures into tokens and back, compare methods. It works offline on the bundled models and
+        examples; names of other models can be typed where the hub is reachable. Ctrl-C stops it.
+        """,
+    )
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    made.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
+    made.add_argument("--device", default="cpu", help="for models of the hub, say cuda (default: %(default)s)")
+    made.add_argument("--threads", type=int, metavar="N", help="of torch (default: half of the cores)")
+    made.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from tokred.demo.server import DemoOptions, serve
+
+    own = {} if given.threads is None else {"threads": given.threads}
+    serve(DemoOptions(given.host, given.port, given.device, browser=given.open, **own))
+
+
 # -- bench -------------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +223,11 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         the paired difference to random dropping of as many tokens (video: to as many tokens of evenly spaced frames),
         tokens, GMACs, speed. Prints a table (or --json) and writes pictures and results.json to --out. The default of
         each task takes two to five minutes on two idle cores, of vqa, which has the most methods, about seven.
+
+        With --all: all tasks on fewer examples, the bundled backbones, and merging in a diffusion model, as one page
+        (leaderboard.html, with tables, plots and pictures in it) and leaderboard.json in --out, in less than ten
+        minutes on two idle cores. A run that was cut short goes on where it stopped when it is started again with
+        the same options.
         """,
     )
 
@@ -194,7 +237,13 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     def listed(numbers: Sequence[float]) -> str:
         return ",".join(f"{number:g}" for number in numbers)
 
-    made.add_argument("--task", default="vit", help=f"what to measure (default: vit). {each(lambda t: t.about)}")
+    made.add_argument(
+        "--all",
+        action="store_true",
+        help="every method on every bundled model, as one page; goes with --fast, --out, --threads, --seed, --split, "
+        "--rounds and --json",
+    )
+    made.add_argument("--task", help=f"what to measure (default: vit). {each(lambda t: t.about)}")
     made.add_argument("--methods", type=_names, metavar="A,B", help=f"defaults: {each(lambda t: t.methods)}")
     made.add_argument(
         "--levels",
@@ -218,7 +267,9 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         help="accuracy passes side by side (default here: %(default)s); speed is always measured on one thread",
     )
     made.add_argument(
-        "--rounds", type=int, default=BenchOptions.rounds, help="timed pairs a row (default: %(default)s)"
+        "--rounds",
+        type=int,
+        help=f"timed pairs a row (default: {BenchOptions.rounds}, --all: 3 to 5, --fast: 1)",
     )
     made.add_argument(
         "--set",
@@ -240,49 +291,93 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument("--context", type=int, metavar="N", help=f"tokens of a context (defaults: {own})")
     dry = each(lambda t: f"{t.fast[1]} scenes at {listed(t.fast[0])}")
     made.add_argument("--fast", action="store_true", help=f"a dry run of seconds, one pair a row ({dry})")
-    made.add_argument("--out", type=Path, metavar="DIR", help="default: outputs/bench-TASK")
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: outputs/bench-TASK, with --all outputs/bench-all"
+    )
 
 
 def _bench(given: argparse.Namespace) -> None:
     import torch
 
+    run = _bench_all if given.all else _bench_task
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # passes run side by side instead: two threads in one small model wait for each other
+    try:
+        run(given)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bench_task(given: argparse.Namespace) -> None:
     from tokred.core.errors import InvalidParameterError
     from tokred.eval.bench import TASKS, BenchOptions, Progress, task
 
-    module = task(given.task)
-    if given.context is not None and TASKS[given.task].context is None:
-        raise InvalidParameterError(f"--context: the task {given.task} does not take it")
+    name = given.task or "vit"
+    module = task(name)
+    if given.context is not None and TASKS[name].context is None:
+        raise InvalidParameterError(f"--context: the task {name} does not take it")
     parameters: dict[str, dict[str, Any]] = {}
     for method, key, value in given.settings:
         parameters.setdefault(method.replace("-", "_"), {})[key] = value
-    levels, scenes = TASKS[given.task].fast if given.fast else (None, None)
+    levels, scenes = TASKS[name].fast if given.fast else (None, None)
+    rounds = BenchOptions.rounds if given.rounds is None else given.rounds
     options = BenchOptions(
-        out=given.out or Path("outputs") / f"bench-{given.task}",
+        out=given.out or Path("outputs") / f"bench-{name}",
         methods=given.methods,
         levels=given.levels or levels,
         scenes=given.scenes or scenes,
         seed=given.seed,
         split=given.split,
         threads=given.threads,
-        rounds=1 if given.fast else given.rounds,
+        rounds=1 if given.fast else rounds,
         parameters=parameters,
         ablate=given.ablate.replace("-", "_") if given.ablate else None,
         checkpoint=given.checkpoint,
         context=given.context,
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # passes run side by side instead: two threads in one small model wait for each other
-    try:
-        with Progress() as progress:
-            results = module.run(options, progress)
-    finally:
-        torch.set_num_threads(before)
+    with Progress() as progress:
+        results = module.run(options, progress)
     if given.json:
         from tokred.eval.report import dumps
 
         print(dumps(results))
         return
     print(module.show(results))
+    _written(results)
+
+
+def _bench_all(given: argparse.Namespace) -> None:
+    from tokred.core.errors import InvalidParameterError
+    from tokred.eval.bench import BenchOptions, Progress
+
+    for name in ("task", "methods", "levels", "scenes", "settings", "ablate", "checkpoint", "context"):
+        if getattr(given, name) not in (None, []):
+            flag = {"settings": "set"}.get(name, name)
+            raise InvalidParameterError(f"--all runs every task as it is and does not take --{flag}; leave one out")
+    options = BenchOptions(
+        out=given.out or Path("outputs") / "bench-all",
+        seed=given.seed,
+        split=given.split,
+        threads=given.threads,
+        rounds=BenchOptions.rounds if given.rounds is None else given.rounds,  # checked here
+    )
+    from tokred.eval import leaderboard  # loads the tasks
+
+    with Progress() as progress:
+        results = leaderboard.run(options, progress, given.fast, given.rounds)
+    if given.json:
+        from tokred.eval.report import dumps
+
+        print(dumps(results))
+    else:
+        print(leaderboard.show(results))
+        _written(results)
+    if results["failed"]:
+        names = ", ".join(results["failed"])
+        raise leaderboard.IncompleteError(f"{names} failed; the page {results['files']['page']} says how, and lacks it")
+
+
+def _written(results: dict[str, Any]) -> None:
     print(f"\n{results['seconds']:.0f} s. Written:")
     for path in results["files"].values():
         print(f"  {path}")
@@ -443,7 +538,7 @@ def _add_encode(commands: Any, common: argparse.ArgumentParser) -> None:
         _encode,
         "a picture as a token file",
         """
-        Write the tokens of a picture: ids (FlexTok), or numbers and the caption that decodes them (TexTok). The picture
+        Write the tokens of a picture: ids, or numbers and the caption that decodes them (TexTok). The picture
         is scaled and cut to the tokenizer's square. Then say what the tokens give back, and how many bytes JPEG and
         WebP need for a picture as near to it (PSNR).
 
@@ -489,7 +584,7 @@ def _add_decode(commands: Any, common: argparse.ArgumentParser) -> None:
           tokred decode card.ftk -o again.png --num-tokens 2
         """,
     )
-    made.add_argument("file", type=Path, metavar="FILE", help="what tokred encode wrote")
+    made.add_argument("file", type=Path, metavar="FILE", help="what tokred encode or generate wrote")
     made.add_argument("-o", "--out", type=Path, required=True, metavar="IMAGE", help="the picture; its ending counts")
     made.add_argument("--model", help=f"{_MODEL} (default: the bundled one of the file's kind)")
     made.add_argument(
@@ -534,9 +629,11 @@ def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
     from tokred.cli_imagenet import add_imagenet
     from tokred.cli_vqa import add_needle, add_vqa
 
-    tasks = commands.add_parser(
-        "eval", help="quality of a model of yours: imagenet, vqa, needle, reconstruct"
-    ).add_subparsers(dest="what", metavar="TASK", required=True)
+    what = "quality of a model of yours: imagenet, vqa, needle, reconstruct"
+    about = "Measure a model of yours, as it is and under methods, on data of yours. Tasks have --help of their own."
+    tasks = commands.add_parser("eval", help=what, description=about).add_subparsers(
+        dest="what", metavar="TASK", required=True
+    )
     add_imagenet(tasks, common)
     add_vqa(tasks, common)
     add_needle(tasks, common)
@@ -571,14 +668,16 @@ def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--features", type=Path, metavar="DIR", help="rFID: folder of a timm model, such as a saved inception_v3"
     )
-    made.add_argument("--out", type=Path, default=Path("outputs/eval-reconstruct"), metavar="DIR")
+    made.add_argument(
+        "--out", type=Path, default=Path("outputs/eval-reconstruct"), metavar="DIR", help="default: %(default)s"
+    )
 
 
 def _reconstruct(given: argparse.Namespace) -> None:
+    from tokred.cli_eval import print_results
     from tokred.core.errors import InvalidParameterError
     from tokred.eval.bench import Progress
     from tokred.eval.reconstruction import run, show
-    from tokred.eval.report import dumps
 
     for number in given.num_tokens or ():
         if number != int(number):
@@ -598,13 +697,7 @@ def _reconstruct(given: argparse.Namespace) -> None:
             given.out,
             progress,
         )
-    if given.json:
-        print(dumps(results))
-        return
-    print(show(results))
-    print(f"\n{results['seconds']:.0f} s. Written:")
-    for path in results["files"].values():
-        print(f"  {path}")
+    print_results(given, results, show)
 
 
 if __name__ == "__main__":

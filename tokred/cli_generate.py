@@ -12,7 +12,7 @@ __all__ = ["add_generate"]
 def add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``generate`` to the commands."""
     from tokred.cli import _add
-    from tokred.eval.drawing import BUNDLED, DrawOptions
+    from tokred.eval.draw_options import BUNDLED, DrawOptions
 
     made = _add(
         commands,

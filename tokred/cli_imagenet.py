@@ -1,39 +1,19 @@
-"""The command `tokred eval imagenet`, and how several methods with several settings are written on a command line."""
+"""The command `tokred eval imagenet`."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_imagenet", "runs"]
+from tokred.cli_eval import add_method, add_task, default_out, methods, print_results
 
-
-def runs(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """``"tome r=8|13"`` -> [("tome", {"r": 8}), ("tome", {"r": 13})]: a method, its parameters, values parted by |.
-
-    Values are those of ``--set``: Python literals (0.7, 3,6,9, {1: (10, 0.9)}), else strings. For ``argparse``.
-    """
-    from tokred.cli import _setting
-
-    name, *given = re.split(r"\s+(?=[A-Za-z_]\w*\s*=)", text.strip())
-    if not name or re.search(r"[\s=]", name):
-        raise argparse.ArgumentTypeError(f'{text!r} is no run, such as "tome r=13" or "topk keep_rate=0.7|0.5"')
-    choices = []
-    for one in given:
-        key, _, values = one.partition("=")
-        choices.append([_setting(f"{key.strip()}={value.strip()}") for value in values.split("|")])
-    return [(name.replace("-", "_"), dict(chosen)) for chosen in itertools.product(*choices)]
+__all__ = ["add_imagenet"]
 
 
 def add_imagenet(tasks: Any, common: argparse.ArgumentParser) -> None:
     """Add ``imagenet`` to the tasks of ``tokred eval``."""
-    from tokred.cli import _add
-
-    made = _add(
+    made = add_task(
         tasks,
         common,
         "imagenet",
@@ -42,8 +22,8 @@ def add_imagenet(tasks: Any, common: argparse.ArgumentParser) -> None:
         """
         Classify labelled images with the unpatched model and under each method: top-1, top-5 and agreement with the
         unpatched model (with standard errors), GMACs, images a second, beside what papers report. Prints a table (or
-        --json) and writes results.json and a record of every image to --out. The same command goes on after a kill;
-        accelerate launch -m tokred.cli eval imagenet ... shares the images out among processes.
+        --json) and writes results.json and a record of every image to --out. The same command goes on after a kill.
+        Processes of accelerate launch --multi_gpu --num_processes N -m tokred.cli eval imagenet ... share the images.
 
           tokred eval imagenet
           tokred eval imagenet --data ILSVRC2012_img_val.tar --labels ILSVRC2012_devkit_t12.tar.gz \\
@@ -52,7 +32,6 @@ def add_imagenet(tasks: Any, common: argparse.ArgumentParser) -> None:
           tokred eval imagenet --data hf:ILSVRC/imagenet-1k --model openclip:ViT-B-32/laion2b_s34b_b79k
         """,
     )
-    made.set_defaults(command="eval imagenet")
     made.add_argument(
         "--data",
         default="scenes",
@@ -90,19 +69,10 @@ def add_imagenet(tasks: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument("--image-size", type=int, metavar="N", help="run a timm model at N x N pixels")
     made.add_argument(
         "--templates",
-        default="full",
         metavar="full|simple",
         help="wordings of a class, openclip (default: full, 80)",
     )
-    made.add_argument(
-        "--method",
-        dest="runs",
-        action="append",
-        type=runs,
-        metavar='"METHOD KEY=VALUE ..."',
-        help='a row of the table; "tome r=8|13" makes two; may be repeated (default: "tome r=8", "topk keep_rate=0.7" '
-        'and "zero_tprune keep_rate=0.7"); methods: tokred list',
-    )
+    add_method(made, '"tome r=8", "topk keep_rate=0.7", "zero_tprune keep_rate=0.7"')
     made.add_argument("--paper", action="store_true", help="the rows that papers report for this model")
     made.add_argument(
         "--batch",
@@ -124,11 +94,9 @@ def _imagenet(given: argparse.Namespace) -> None:
     from tokred.eval.classifiers import Choice
     from tokred.eval.imagenet import ImagenetOptions, run, show
     from tokred.eval.imagenet_data import Source
-    from tokred.eval.report import dumps
 
-    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in given.model)
     options = ImagenetOptions(
-        out=given.out or Path("outputs") / f"eval-imagenet-{safe}",
+        out=given.out or default_out("imagenet", given.model),
         source=Source(
             given.data,
             given.labels,
@@ -141,7 +109,7 @@ def _imagenet(given: argparse.Namespace) -> None:
             given.seed,
         ),
         model=Choice(given.model, given.checkpoint, given.random_weights, given.image_size, given.templates),
-        runs=None if given.runs is None else _flat(given.runs),
+        runs=methods(given),
         paper=given.paper,
         batch=given.batch,
         workers=given.workers,
@@ -152,14 +120,4 @@ def _imagenet(given: argparse.Namespace) -> None:
     )
     with Progress() as progress:
         results = run(options, progress)
-    if results is None:  # another process prints
-        return
-    if given.json:
-        print(dumps(results))
-        return
-    print(show(results))
-    print(f"\n{results['seconds']:.0f} s. Written: {results['files']['results']}")
-
-
-def _flat(groups: Sequence[Sequence[tuple[str, dict[str, Any]]]]) -> list[tuple[str, dict[str, Any]]]:
-    return [one for group in groups for one in group]
+    print_results(given, results, show)

@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
+
+from tokred.cli_eval import add_method, add_task, default_out, methods, print_results
 
 __all__ = ["add_needle", "add_vqa"]
 
 
-def _task(tasks: Any, common: argparse.ArgumentParser, name: str, run: Any, short: str, text: str) -> Any:
-    made = tasks.add_parser(
-        name,
-        parents=[common],
-        help=short,
-        description=textwrap.dedent(text).strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.set_defaults(run=run, command=f"eval {name}")
-    return made
-
-
-def _shared(made: Any, what: str) -> None:
-    """Options of both."""
-    from tokred.cli import _method_setting
-
-    made.add_argument(
-        "--methods",
-        metavar="A,B:X:Y",
-        help="by name, each with budgets of its own behind colons: hired:0.2:0.4,gemfilter:1024 (see: tokred list); "
-        "the unpatched model is a row in any case",
-    )
-    made.add_argument(
-        "--budgets", metavar="X,Y", help="of the methods without their own: fractions, or counts of tokens"
-    )
-    made.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        type=_method_setting,
-        default=[],
-        metavar="METHOD.KEY=VALUE",
-        help="another parameter of a method, e.g. hired.alpha=0.25; may be repeated",
-    )
+def _shared(made: Any, what: str, default: str) -> None:
+    """Options of both; without --method the rows are `default`."""
+    add_method(made, default)
     made.add_argument("--limit", type=int, metavar="N", help=f"the first N {what}")
     made.add_argument("--tokens", type=int, metavar="N", help="tokens of an answer, at most")
     made.add_argument("--seed", type=int, default=0, help="of random choices and bundled data (default: %(default)s)")
@@ -52,33 +22,9 @@ def _shared(made: Any, what: str) -> None:
     made.add_argument(
         "--fresh", action="store_true", help="forget the answers in --out; without it a run goes on there"
     )
-    made.add_argument("--out", type=Path, metavar="DIR", help="records and results.json")
-
-
-def _methods(given: argparse.Namespace) -> dict[str, Any]:
-    """Methods, budgets and settings as the options of a run take them."""
-    from tokred.eval.vqa_rows import parse_level, parse_methods
-
-    settings: dict[str, dict[str, Any]] = {}
-    for method, key, value in given.settings:
-        settings.setdefault(method.replace("-", "_"), {})[key] = value
-    return {
-        "methods": None if given.methods is None else parse_methods(given.methods),
-        "budgets": [parse_level(part.strip()) for part in (given.budgets or "").split(",") if part.strip()],
-        "settings": settings,
-    }
-
-
-def _print(given: argparse.Namespace, results: dict[str, Any], shown: str) -> None:
-    from tokred.eval.report import dumps
-
-    if given.json:
-        print(dumps(results))
-        return
-    print(shown)
-    print(f"\n{results['seconds']:.0f} s. Written:")
-    for path in results["files"].values():
-        print(f"  {path}")
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="records and results.json (default: outputs/eval-TASK-BENCHMARK)"
+    )
 
 
 # -- vqa ---------------------------------------------------------------------------------------------------------------
@@ -86,7 +32,7 @@ def _print(given: argparse.Namespace, results: dict[str, Any], shown: str) -> No
 
 def add_vqa(tasks: Any, common: argparse.ArgumentParser) -> None:
     """Add `tokred eval vqa` to the tasks of `tokred eval`."""
-    made = _task(
+    made = add_task(
         tasks,
         common,
         "vqa",
@@ -95,12 +41,13 @@ def add_vqa(tasks: Any, common: argparse.ArgumentParser) -> None:
         """
         Ask a multimodal model the questions of a benchmark, as it is and under each method and budget, and print the
         benchmark's own metric with standard errors, agreement with the unpatched model, visual tokens and seconds a
-        question, beside what papers say. A run that was killed goes on where it was; accelerate launch shares it.
+        question, beside what papers say. A run that was killed goes on where it was. Processes of
+        accelerate launch --multi_gpu --num_processes N -m tokred.cli eval vqa ... share the questions.
 
           tokred eval vqa
           tokred eval vqa --model digit-video-vlm
           tokred eval vqa --benchmark textvqa --data TextVQA_0.5.1_val.json --images train_images \\
-              --model llava-hf/llava-v1.6-vicuna-7b-hf --methods hired:0.2:0.4,mustdrop:192
+              --model llava-hf/llava-v1.6-vicuna-7b-hf --method "hired budget=0.2|0.4" --method "mustdrop preset=192"
           tokred eval vqa --benchmark pope --data lmms-lab/POPE --limit 500 --model Qwen/Qwen2.5-VL-3B-Instruct
         """,
     )
@@ -126,7 +73,7 @@ def add_vqa(tasks: Any, common: argparse.ArgumentParser) -> None:
         "--model",
         help="a folder, an id of the hub, digit-vlm or digit-video-vlm (default with digits: digit-vlm)",
     )
-    _shared(made, "questions")
+    _shared(made, "questions", "with digits, two at a quarter of the tokens; else none")
     made.add_argument("--batch", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
     made.add_argument(
         "--instruction", metavar="TEXT", help="behind each question, instead of the benchmark's; may be empty"
@@ -160,6 +107,8 @@ def _vqa(given: argparse.Namespace) -> None:
         folder = getattr(given, name)
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"--{name} {folder} is not a folder")
+    if given.annotations is not None and not given.annotations.is_file():
+        raise FileNotFoundError(f"--annotations {given.annotations} is no file; expected VQAv2's answers as JSON")
     if given.data is None:
         for name in ("images", "videos", "subtitles", "annotations", "split", "config"):
             if getattr(given, name) is not None:
@@ -178,7 +127,7 @@ def _vqa(given: argparse.Namespace) -> None:
         )
     options = VqaOptions(
         benchmark=given.benchmark,
-        out=given.out or Path("outputs") / f"eval-vqa-{given.benchmark}",
+        out=given.out or default_out("vqa", given.benchmark),
         model=given.model,
         source=source,
         batch=given.batch,
@@ -192,12 +141,11 @@ def _vqa(given: argparse.Namespace) -> None:
         fresh=given.fresh,
         device=given.device,
         dtype=given.dtype,
-        **_methods(given),
+        runs=methods(given),
     )
     with Progress() as progress:
         results = run(options, progress)
-    if results is not None:
-        _print(given, results, show(results))
+    print_results(given, results, show)
 
 
 # -- needle ------------------------------------------------------------------------------------------------------------
@@ -205,7 +153,7 @@ def _vqa(given: argparse.Namespace) -> None:
 
 def add_needle(tasks: Any, common: argparse.ArgumentParser) -> None:
     """Add `tokred eval needle` to the tasks of `tokred eval`."""
-    made = _task(
+    made = add_task(
         tasks,
         common,
         "needle",
@@ -218,21 +166,22 @@ def add_needle(tasks: Any, common: argparse.ArgumentParser) -> None:
 
           tokred eval needle
           tokred eval needle --model meta-llama/Llama-3.1-8B-Instruct --haystack essays/ --lengths 8000,32000 \\
-              --methods gemfilter:1024
+              --method "gemfilter k=1024"
           tokred eval needle --benchmark longbench --data LongBench/data --datasets qasper,hotpotqa \\
-              --prompts dataset2prompt.json --model meta-llama/Llama-3.1-8B-Instruct --methods gemfilter:1024:2048
+              --prompts dataset2prompt.json --model meta-llama/Llama-3.1-8B-Instruct \\
+              --method "gemfilter k=1024|2048"
         """,
     )
     made.add_argument("--benchmark", default="haystack", help="haystack or longbench (default: haystack)")
     made.add_argument(
         "--model", default="needle-llm", help="needle-llm, a folder, or an id of the hub (default: %(default)s)"
     )
-    _shared(made, "questions of each data set")
+    _shared(made, "questions of each data set", 'of needle-llm "gemfilter k=64 layer=1"; else none')
     made.add_argument("--batch", type=int, default=4, metavar="N", help="prompts at once (default: %(default)s)")
     made.add_argument(
         "--lengths", metavar="N,M", help="tokens of haystacks (default: 128,256,512; others 1000,2000,4000)"
     )
-    made.add_argument("--depths", type=int, default=5, metavar="N", help="from 0 to 100 %% (default: %(default)s)")
+    made.add_argument("--depths", type=int, metavar="N", help="so many, from 0 to 100 %% (default: 5)")
     made.add_argument("--samples", type=int, metavar="N", help="prompts of a length and depth (default: 4; others 1)")
     made.add_argument(
         "--haystack", type=Path, metavar="PATH", help="a text file or a folder of them (default: filler words)"
@@ -262,7 +211,7 @@ def _needle(given: argparse.Namespace) -> None:
     except ValueError:
         raise InvalidParameterError(f"--lengths {given.lengths}: expected whole numbers such as 1000,2000") from None
     options = NeedleOptions(
-        out=given.out or Path("outputs") / f"eval-needle-{given.benchmark}",
+        out=given.out or default_out("needle", given.benchmark),
         benchmark=given.benchmark,
         model=given.model,
         lengths=lengths,
@@ -284,9 +233,8 @@ def _needle(given: argparse.Namespace) -> None:
         fresh=given.fresh,
         device=given.device,
         dtype=given.dtype,
-        **_methods(given),
+        runs=methods(given),
     )
     with Progress() as progress:
         results = run(options, progress)
-    if results is not None:
-        _print(given, results, show(results))
+    print_results(given, results, show)

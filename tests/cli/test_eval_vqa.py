@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.cli.conftest import saved
+from tests.cli.evaluations import kill_midway, lines, two_processes
 from tests.cli.test_cli import refused, run
 
 for package in ("transformers", "torchvision", "tqdm"):
@@ -63,7 +64,8 @@ def numbers(found: dict[str, Any]) -> list[Any]:
 def test_rows_of_an_evaluation(
     pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = ("--methods", "hired:1.0:0.25,random_tokens,fastv", "--budgets", "36", "--set", "fastv.layer=3")
+    methods = ["hired budget=1.0|0.25", "random_tokens budget=36", "fastv budget=36 layer=3"]
+    methods = [part for one in methods for part in ("--method", one)]
     found = results(capsys, vqa(pope, vlm_folder, tmp_path / "a", *methods))
     plain, whole, hired, random, fastv = found["rows"]
     assert [row["kind"] for row in found["rows"]] == ["unpatched", "method", "method", "random", "method"]
@@ -77,6 +79,9 @@ def test_rows_of_an_evaluation(
     assert {"accuracy", "precision", "recall", "yes ratio", "random F1"} <= set(plain["metrics"])
     assert plain["metrics"]["accuracy"]["value"] == 0.5  # every question is asked twice, for yes and for no
     assert random["method"]["budget"] == 36
+    labels = ["hired budget=0.25", "random_tokens budget=36", "fastv budget=36 layer=3"]
+    assert [row["label"] for row in found["rows"]][2:] == labels
+    assert found["time"]["model"] > found["time"]["outside"] > 0
     assert all(row["seconds_per_question"] > 0 and row["reported"] == [] for row in found["rows"])
 
     # killed: what is left of the records is enough to end with the same numbers
@@ -87,35 +92,56 @@ def test_rows_of_an_evaluation(
     assert numbers(again) == numbers(found)
 
     # a row more costs that row alone, and another evaluation does not get into the folder
-    code, out, _ = run(capsys, *vqa(pope, vlm_folder, tmp_path / "a", "--methods", "hired:0.25"))
+    code, out, _ = run(capsys, *vqa(pope, vlm_folder, tmp_path / "a", "--method", "hired budget=0.25"))
     assert code == 0
     assert "paper says" in out
-    assert "HiRED" in out
+    assert "hired budget=0.25" in out
+    assert "time of this run" not in out  # all was recorded
     line = refused(capsys, *vqa(pope, vlm_folder, tmp_path / "a", "--limit", "4"))
     assert "another evaluation" in line
     assert "--fresh" in line
 
 
+def test_a_killed_run_goes_on(pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ("--method", "random_tokens budget=36", "--method", "hired budget=0.25")
+    whole = results(capsys, vqa(pope, vlm_folder, tmp_path / "whole", *methods))
+    argv = vqa(pope, vlm_folder, tmp_path / "parts", *methods)
+    assert 7 <= kill_midway(argv, tmp_path / "parts", "tokred.eval.vqa:_ask", 7) < 30
+    again = results(capsys, argv)
+    assert lines(tmp_path / "parts") == 30
+    assert numbers(again) == numbers(whole)
+
+
 def test_two_processes_give_the_numbers_of_one(
-    pope: Path, vlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One after the other here: each answers its own batches, and the first reads what both have recorded."""
-    from tokred.eval import vqa as module
-    from tokred.eval.bench import Progress
-    from tokred.eval.processes import Processes
-    from tokred.eval.vqa_formats import Source
-    from tokred.eval.vqa_rows import parse_methods
+    pytest.importorskip("accelerate")
+    alone = results(capsys, vqa(pope, vlm_folder, tmp_path / "one", "--method", "random_tokens budget=36"))
+    argv = vqa(pope, vlm_folder, tmp_path / "two", "--method", "random_tokens budget=36")
+    together = two_processes(argv, tmp_path)
+    assert (together["processes"], alone["processes"]) == (2, 1)
+    assert numbers(together) == numbers(alone)
+    ranks = [path.name.split(".")[-2] for path in (tmp_path / "two" / "records").iterdir() if path.stat().st_size]
+    assert sorted(ranks) == ["0", "0", "1", "1"]
 
-    def evaluate(out: Path, rank: int, count: int) -> Any:
-        monkeypatch.setattr(module, "join", lambda device: Processes(rank, count, torch.device("cpu")))
-        options = module.VqaOptions(
-            "pope", out, str(vlm_folder), Source(str(pope), pope), parse_methods("random_tokens:36"), batch=4,
-            tokens=2, instruction="", prompt=PROMPT,
-        )  # fmt: skip
-        return module.run(options, Progress(quiet=True))
 
-    assert evaluate(tmp_path / "two", 1, 2) is None
-    assert numbers(evaluate(tmp_path / "two", 0, 2)) == numbers(evaluate(tmp_path / "one", 0, 1))
+def test_other_weights_do_not_go_on_with_a_run(
+    pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same folder, of which one number has changed."""
+    import shutil
+
+    from transformers import AutoModelForImageTextToText
+
+    folder = shutil.copytree(vlm_folder, tmp_path / "model")
+    results(capsys, vqa(pope, folder, tmp_path / "out", "--limit", "2"))
+    results(capsys, vqa(pope, folder, tmp_path / "out", "--limit", "2"))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    next(model.parameters()).data.view(-1)[1] += 0.001
+    model.save_pretrained(folder)
+    argv = vqa(pope, folder, tmp_path / "out", "--limit", "2")
+    assert "differs in weights (there " in refused(capsys, *argv)
+    results(capsys, [*argv, "--fresh"])
 
 
 def test_videos_and_quota(vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +164,7 @@ def test_videos_and_quota(vlm_folder: Path, tmp_path: Path, capsys: pytest.Captu
             "eval", "vqa", "--benchmark", "mlvu", "--data", str(tmp_path / "mlvu"),
             "--videos", str(tmp_path / "videos"),
             "--model", str(model), "--prompt", PROMPT, "--instruction", "", "--batch", "3", "--tokens", "2",
-            "--frames", "2", "--method-frames", "4", "--methods", "quota:72", "--scorer", "equal",
+            "--frames", "2", "--method-frames", "4", "--method", "quota budget=72", "--scorer", "equal",
             "--device", "cpu", "--out", str(tmp_path / "out"),
         ],
     )  # fmt: skip
@@ -163,14 +189,11 @@ def test_what_vqa_refuses(pope: Path, vlm_folder: Path, tmp_path: Path, capsys: 
     assert "belongs to --data" in line("--images", str(pope))
     assert "is not a folder" in line("--benchmark", "pope", "--images", str(tmp_path / "none"))
     assert "--model is missing" in line("--benchmark", "pope", "--data", str(pope), "--images", str(pope))
-    assert "did you mean 'hired'" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "hird"))
-    assert "does not fit this model" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "tome_sd"))
-    assert "no budget" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "hired:much"))
-    assert "budget" in refused(capsys, *vqa(pope, vlm_folder, out, "--methods", "hired:1.5"))
-    assert "say it twice" in refused(
-        capsys, *vqa(pope, vlm_folder, out, "--methods", "hired:0.2", "--set", "hired.budget=0.3")
-    )
-    assert "among --methods" in refused(capsys, *vqa(pope, vlm_folder, out, "--set", "hired.budget=0.3"))
+    assert "did you mean 'hired'" in refused(capsys, *vqa(pope, vlm_folder, out, "--method", "hird"))
+    assert "does not fit this model" in refused(capsys, *vqa(pope, vlm_folder, out, "--method", "tome_sd"))
+    assert "budget='much'" in refused(capsys, *vqa(pope, vlm_folder, out, "--method", "hired budget=much"))
+    assert "budget=1.5" in refused(capsys, *vqa(pope, vlm_folder, out, "--method", "hired budget=1.5"))
+    assert "parameters by name" in refused(capsys, *vqa(pope, vlm_folder, out, "--method", "hired:0.2"))
     assert "--scorer is for QuoTA" in refused(capsys, *vqa(pope, vlm_folder, out, "--scorer", "equal"))
     assert "expected at least 1" in refused(capsys, *vqa(pope, vlm_folder, out, "--limit", "0"))
     without = [part for part in vqa(pope, vlm_folder, out) if part not in ("--prompt", PROMPT)]
@@ -180,6 +203,88 @@ def test_what_vqa_refuses(pope: Path, vlm_folder: Path, tmp_path: Path, capsys: 
         capsys, *[part.replace(str(vlm_folder), "nobody/nothing") for part in vqa(pope, vlm_folder, out)]
     )
     assert not list(tmp_path.rglob("results.json"))
+
+
+GOOD = {"question_id": 1, "image": "0.png", "text": "is there a 4 ?", "label": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("text.json", b"hello", "line 1: no JSON: column 1"),
+        ("table.csv", b"a,b\n1,2\n", "no JSON: line 1, column 1"),
+        ("bytes.json", bytes(range(128, 256)), "is no text"),
+        ("bytes.jsonl", b"\x80\n", "is no text"),
+        ("archive.tar", b"\x89PNG", "is no text"),
+        ("rows.parquet", b"x", "is no parquet file"),
+        ("empty.jsonl", b"", "no question of POPE is in it; it is read from coco_pope_"),
+        ("list.jsonl", b"[1, 2]\n", "line 1 is [1, 2], expected an object"),
+        ("less.jsonl", json.dumps({**GOOD, "label": None}).encode(), "line 1: there is no field 'label'"),
+        ("kind.jsonl", json.dumps({**GOOD, "image": 3}).encode(), "line 1: 'image' is 3, expected a file's name"),
+        ("lost.jsonl", json.dumps({**GOOD, "image": "9.png"}).encode(), "asks about a picture that is not in"),
+    ],
+)
+def test_files_of_another_format(
+    pope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, says: str
+) -> None:
+    """Refused with the file's name before a model is looked for."""
+    (tmp_path / name).write_bytes(content)
+    argv = vqa(pope, tmp_path / "no-model", tmp_path / "out", "--data", str(tmp_path / name))
+    line = refused(capsys, *argv)
+    assert name in line
+    assert says in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--subtitles", "."], "is of Video-MME"),
+        (["--videos", "."], "is of benchmarks about videos"),
+        (["--frames", "8"], "is of videos"),
+        (["--config", "x"], "is of data sets of the hub"),
+        (["--split", "val"], "is of data sets"),
+        (["--annotations", "none.json"], "is no file"),
+        (["--data", "nobody/nothing"], "hub cannot be reached"),
+        (["--batch", "0"], "--batch 0: expected at least 1"),
+        (["--tokens", "0"], "--tokens 0"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--device", "gpu"], "expected cpu, cuda or cuda:N"),
+        (["--out", "/proc/none/out"], "--out /proc/none/out cannot be made"),
+        (["--out", __file__], "is a file, and records go into a folder"),
+        (["--model", "digit-video-vlm"], "is not made for images"),
+        (["--model", "."], "no config.json"),
+        (["--method", "quota budget=36", "--scorer", "nobody/nothing"], "hub cannot be reached"),
+    ],
+)
+def test_options_that_cannot_be(
+    pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
+    assert says in refused(capsys, *vqa(pope, vlm_folder, tmp_path / "out", *argv))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "is not in"), (b"", "v.mp4"), (b"no video", "v.mp4"), ("folder", "has no frames")]
+)
+def test_videos_that_cannot_be_read(
+    vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | str | None, says: str
+) -> None:
+    pytest.importorskip("av")
+    row = {"video": "v", "question": "Q", "candidates": ["x", "y"], "answer": "y", "question_type": "count"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    if content == "folder":
+        (videos / "v").mkdir()
+    elif content is not None:
+        (videos / "v.mp4").write_bytes(content)  # type: ignore[arg-type]
+    line = refused(
+        capsys, "eval", "vqa", "--benchmark", "mlvu", "--data", str(tmp_path / "rows.json"), "--videos", str(videos),
+        "--model", str(vlm_folder), "--prompt", PROMPT, "--device", "cpu", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert says in line
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_an_unreadable_picture_stops_the_run_and_keeps_the_answers(
@@ -201,7 +306,7 @@ def test_an_unreadable_picture_stops_the_run_and_keeps_the_answers(
 def test_the_bundled_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("sklearn", "skimage"):
         pytest.importorskip(package)
-    found = results(capsys, ["eval", "vqa", "--limit", "8", "--methods", "hired:0.25", "--out", str(tmp_path)])
+    found = results(capsys, ["eval", "vqa", "--limit", "8", "--method", "hired budget=0.25", "--out", str(tmp_path)])
     plain, hired = found["rows"]
     assert plain["metrics"]["accuracy"]["value"] >= 0.5  # 88.8 % on a thousand
     assert (plain["visual_tokens"], hired["visual_tokens"]) == (144, 36)
@@ -270,7 +375,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_needles_of_any_model(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "eval", "needle", "--model", str(llm), "--lengths", "100,150", "--depths", "3", "--tokens", "3",
-        "--methods", "gemfilter:40,fastv:20", "--set", "gemfilter.layer=1", "--device", "cpu", "--out", str(tmp_path),
+        "--method", "gemfilter k=40 layer=1", "--method", "fastv budget=20", "--device", "cpu", "--out", str(tmp_path),
     ]  # fmt: skip
     found = results(capsys, argv)
     plain, gemfilter, fastv = found["rows"]
@@ -297,7 +402,35 @@ def test_longbench_of_any_model(llm: Path, tmp_path: Path, capsys: pytest.Captur
     assert plain["metrics"]["average"]["value"] == pytest.approx(sum(parts) / 2)
 
 
-def test_what_needle_refuses(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_needle_run_goes_on(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "eval", "needle", "--model", str(llm), "--lengths", "100", "--depths", "4", "--samples", "3", "--tokens", "2",
+        "--batch", "2", "--method", "gemfilter k=40 layer=1", "--device", "cpu", "--out",
+    ]  # fmt: skip
+    whole = results(capsys, [*argv, str(tmp_path / "whole")])
+    parts = tmp_path / "parts"
+    assert 5 <= kill_midway([*argv, str(parts)], parts, "tokred.eval.needle_eval:generated", 5) < 24
+    again = results(capsys, [*argv, str(parts)])
+    assert lines(parts) == 24
+    for one, other in zip(again["rows"], whole["rows"], strict=True):
+        assert {**one, "seconds_per_prompt": 0} == {**other, "seconds_per_prompt": 0}
+    together = two_processes([*argv, str(tmp_path / "two")], tmp_path)
+    assert [row["metrics"] for row in together["rows"]] == [row["metrics"] for row in whole["rows"]]
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    next(model.parameters()).data[0, 0] += 0.001
+    other = saved(tmp_path / "other", model)
+    for path in llm.glob("token*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    argv[argv.index("--model") + 1] = str(other)
+    line = refused(capsys, *argv, str(parts))
+    assert "model (there " in line
+    assert "weights (there " in line
+
+
+def test_what_needle_refuses(llm: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def line(*argv: str) -> str:
         return refused(capsys, "eval", "needle", "--out", str(tmp_path / "out"), *argv)
 
@@ -305,12 +438,29 @@ def test_what_needle_refuses(llm: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "does not take it" in line("--data", str(tmp_path))
     assert "--data is missing" in line("--benchmark", "longbench", "--model", str(llm))
     assert "is not there" in line("--benchmark", "longbench", "--model", str(llm), "--data", str(tmp_path / "none"))
-    assert "goes with all of" in line("--needle", "x")
+    assert "goes with all of" in line("--model", str(llm), "--needle", "x")
     assert "reads 2048 tokens" in line("--lengths", "4000")
     assert "whole numbers" in line("--lengths", "many")
     assert "words of its own haystacks" in line("--haystack", str(tmp_path))
     assert "expected a text file" in line("--model", str(llm), "--lengths", "100", "--haystack", str(tmp_path))
-    assert "does not fit" in line("--methods", "hired")
+    assert "does not fit" in line("--method", "hired")
     assert "did you mean 'needle-llm'" in line("--model", "needle_llm")
-    assert "cannot be loaded" in line("--model", str(tmp_path))
+    assert "no config.json" in line("--model", str(tmp_path))
+    assert "hub cannot be reached" in line("--model", "nobody/nothing")
+    assert "cannot be loaded as a causal language model" in line("--model", str(vlm_folder))
+    assert "taught no conversations" in line("--chat")
+    assert "does not take it" in line("--benchmark", "longbench", "--depths", "3", "--data", str(tmp_path))
+    assert "k=0" in line("--method", "gemfilter k=0")
+    assert "parameters by name" in line("--method", "gemfilter:64")
+    assert "--batch 0" in line("--batch", "0")
+    for name, content, says in (
+        ("a.jsonl", b"\x80\n", "line 1 is no text"),
+        ("b.csv", b"a,b\n", "no JSON"),
+        ("qasper.jsonl", b'{"input": "x", "answers": ["a"]}', "no field 'context'"),
+        ("dureader.jsonl", b'{"input": "x", "context": "y", "answers": ["a"]}', "no LongBench data set 'dureader'"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        said = line("--benchmark", "longbench", "--model", "no-model", "--data", str(tmp_path / name))
+        assert says in said
+        assert name in said
     assert not (tmp_path / "out").exists()

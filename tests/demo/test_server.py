@@ -59,15 +59,11 @@ def test_an_address_of_another_machine_is_refused():
         free_port("192.0.2.1", 7860)
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [(["--device", "abacus"], "--device abacus"), (["--json"], "--json: tokred demo prints no table")],
-)
-def test_one_line_says_what_is_wrong(argv, said, capsys):
+def test_one_line_says_what_is_wrong(capsys):
     pytest.importorskip("gradio")
-    assert main(["demo", *argv]) == 2
+    assert main(["demo", "--device", "abacus"]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert "--device abacus" in error
     assert len(error.strip().splitlines()) == 1
 
 

@@ -89,6 +89,15 @@ def test_whose_class_is_whose(tmp_path):
     assert labels(10, None, class_map=tmp_path / "m.txt") == [2, 1]
     laid(tmp_path / "b", {f"{number}/1.png": picture(number) for number in range(11)})
     assert all(label == level for _, label, level in all_of(open_images(Source(str(tmp_path / "b")), 12, None)))
+    for data, said in ((b"\x80", "is no text"), (b'{"dog": "x"}', "lines of a name and a number, or JSON")):
+        (tmp_path / "m.json").write_bytes(data)
+        with pytest.raises(InvalidParameterError, match=said):
+            labels(10, None, class_map=tmp_path / "m.json")
+    with pytest.raises(InvalidParameterError, match="is a folder; expected a file"):
+        labels(10, None, class_map=tmp_path)
+    for option in ("config", "split", "image_column", "label_column"):
+        with pytest.raises(InvalidParameterError, match=f"--{option.replace('_', '-')} x is of a data set"):
+            labels(2, None, **{option: "x"})
     for text, said in (("dog 4\n", "no class 'cat'"), ("dog 4\ncat 10\n", "up to 10"), ("", "names 0 classes")):
         (tmp_path / "m.txt").write_text(text)
         with pytest.raises(InvalidParameterError, match=said):
@@ -161,6 +170,8 @@ def test_labels_that_are_missing(validation):
         refused(said, labels=root / "other.txt")
     packed(root / "kit2.tar.gz", {"data/meta.mat": b"x"}, "w:gz")
     refused("holds no ILSVRC2012_validation_ground_truth", labels=root / "kit2.tar.gz")
+    (root / "other.txt").write_bytes(bytes(range(128, 256)))
+    refused("--labels .*other.txt is no text", labels=root / "other.txt")
     (root / "kit3.tar.gz").write_bytes(b"no archive")
     refused("is no devkit", labels=root / "kit3.tar.gz")
 
@@ -182,7 +193,12 @@ def test_what_holds_no_images(tmp_path):
     laid(tmp_path / "e", {"cat/1.png": b"", "dog/1.png": b"", "1.png": b""})
     refused("1.png lies beside the class folders", tmp_path / "e")
     (tmp_path / "text").write_text("no tar")
-    refused("is no tar", tmp_path / "text")
+    refused("is no whole tar", tmp_path / "text")
+    whole = packed(tmp_path / "whole.tar", {"a/1.png": picture(0), "b/1.png": picture(1)}).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:1000])
+    refused("cut.tar is no whole tar", tmp_path / "cut.tar")
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 and so on")
+    refused("x.zip is compressed", tmp_path / "x.zip")
     packed(tmp_path / "x.tar.gz", {"a/1.png": picture(0)}, "w:gz")
     refused("is compressed", tmp_path / "x.tar.gz")
     packed(tmp_path / "train.tar", {"n01440764.tar": b""})

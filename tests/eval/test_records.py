@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tokred.core.errors import InvalidParameterError
-from tokred.eval.records import Records, claim, read
+from tokred.eval.records import Records, check_out, claim, read
 
 keys = st.one_of(st.integers(0, 5), st.text(max_size=3))
 values = st.recursive(st.one_of(st.none(), st.integers(), st.text()), lambda v: st.lists(v, max_size=2), max_leaves=4)
@@ -79,5 +80,10 @@ def test_a_folder_is_of_one_evaluation(tmp_path):
     with pytest.raises(InvalidParameterError, match="damaged"):
         claim(out, {"model": "b"})
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidParameterError, match="is a file"):
-        claim(tmp_path / "file", {})
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InvalidParameterError, match=r"file is a file, .* give another --out"):
+            check_out(place)
+    check_out(tmp_path / "not" / "yet" / "there")
+    assert not (tmp_path / "not").exists()
+    with pytest.raises(InvalidParameterError, match="cannot be made"):
+        claim(Path("/proc/none/out"), {})

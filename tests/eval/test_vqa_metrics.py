@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from tokred.core.errors import InvalidParameterError
 from tokred.eval import longbench
 from tokred.eval.longbench import LongQuestion, common_subsequence, judge_long, rouge_1, rouge_l, word_f1
+from tokred.eval.vqa import judge, summary
+from tokred.eval.vqa_formats import Question
 from tokred.eval.vqa_metrics import (
     anls,
     choice,
@@ -53,6 +56,9 @@ WORDS = st.text("abc", max_size=7)
         ("girl's", "girl's"),
         ("2:50 pm", "2:50 pm"),
         ("dont know", "don't know"),
+        ("couldn'tve", "couldn't've"),
+        ("whod've", "who'd've"),
+        ("twas whatre", "'twas what're"),
         ("its", "its"),
         ("a  man\tand\nan apple", "man and apple"),
         ("", ""),
@@ -136,7 +142,9 @@ def test_anls() -> None:
     assert anls("Paris", ["paris", "Rome"]) == 1
     assert anls("1000 USD", ["$1000"]) == 0  # 5 of 8 characters differ
     assert anls("abcd", ["abcx"]) == 0.75
-    assert anls("ab", ["ax"]) == 0  # a distance of one half counts as wrong
+    assert anls("ab", ["ax"]) == 0.5  # the threshold itself counts
+    assert anls("abc", ["axy"]) == 0  # two of three differ
+    assert anls("abc", ["axy", "abd"]) == pytest.approx(2 / 3)
     assert anls("a  b", ["A B"]) == 1
     assert anls("", [""]) == 1
 
@@ -192,6 +200,95 @@ def test_mme_scores_by_hand() -> None:
 
 def test_groups_number_names() -> None:
     assert group_numbers(["b", "a", "b"]).tolist() == [0, 1, 0]
+
+
+# -- each benchmark, from answers to the numbers of the table ----------------------------------------------------------
+
+
+def question(answers: tuple[str, ...], options: tuple[str, ...] = (), group: str = "", **kinds: str) -> Question:
+    return Question("1", "?", None, answers, options, group, {key.replace("_", " "): v for key, v in kinds.items()})
+
+
+ONE_OF_TEN = (*["2"] * 3, *["two dogs"] * 2, *["3"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "asked", "score"),
+    [
+        ("vqav2", "Two.", question(ONE_OF_TEN), 0.9),
+        ("vqav2", "the 2 dogs", question(ONE_OF_TEN), 0.6),
+        ("vqav2", "3", question(ONE_OF_TEN), 1),
+        ("vqav2", "4", question(ONE_OF_TEN), 0),
+        ("textvqa", "Dave's, cafe?", question(("dave 's cafe",) * 3 + ("no",) * 7), 0.9),
+        ("gqa", "Left.", question(("left",)), 1),
+        ("gqa", "the left", question(("left",)), 0),
+        ("pope", "No, there is none.", question(("no",)), 1),
+        ("pope", "I see it", question(("yes",)), 1),
+        ("mme", "Yes, it is", question(("yes",)), 1),
+        ("mme", "It is, yes", question(("yes",)), 0),
+        ("scienceqa", "The answer is B.", question(("fire",), ("ice", "fire")), 1),
+        ("scienceqa", "ice", question(("fire",), ("ice", "fire")), 0),
+        ("scienceqa", "C", question(("fire",), ("ice", "fire")), 0),
+        ("docvqa", "$ 1,000", question(("$1,000", "1000")), 1 - 1 / 7),
+        ("docvqa", "none", question(("$1,000",)), 0),
+        ("videomme", "(C)", question(("C. z",), ("A. x", "B. y", "C. z")), 1),
+        ("mlvu", "y", question(("y",), ("x", "y")), 1),
+    ],
+)
+def test_benchmarks_judge_an_answer(name: str, said: str, asked: Question, score: float) -> None:
+    assert judge(name, said, asked) == pytest.approx(score)
+
+
+def summed(name: str, pairs: Sequence[tuple[str, Question]]) -> dict[str, float]:
+    answers, questions = [said for said, _ in pairs], [asked for _, asked in pairs]
+    scores = torch.tensor([judge(name, *pair) for pair in pairs], dtype=torch.float64)
+    found = summary(name, questions, answers, scores, torch.arange(len(pairs)))
+    return {key: one.value for key, one in found.items()}
+
+
+def test_pope_of_each_file() -> None:
+    told = [
+        ("yes", "yes", "random"), ("yes", "no", "random"), ("no", "no", "random"), ("no", "no", "random"),
+        ("yes", "yes", "popular"), ("no", "yes", "popular"),
+    ]  # fmt: skip
+    found = summed("pope", [(said, question((right,), objects=kind)) for said, right, kind in told])
+    assert found == pytest.approx(
+        {
+            "F1": 2 * 2 / (3 + 3), "accuracy": 4 / 6, "precision": 2 / 3, "recall": 2 / 3, "yes ratio": 3 / 6,
+            "random F1": 2 / 3, "random accuracy": 3 / 4, "random precision": 1 / 2, "random recall": 1,
+            "random yes ratio": 1 / 2, "popular F1": 2 / 3, "popular accuracy": 1 / 2, "popular precision": 1,
+            "popular recall": 1 / 2, "popular yes ratio": 1 / 2,
+        }
+    )  # fmt: skip
+    assert list(found)[:7] == ["F1", "accuracy", "precision", "recall", "yes ratio", "popular F1", "random F1"]
+
+
+def test_benchmarks_are_split_as_papers_split_them() -> None:
+    letters = ("x", "y")
+    mlvu = [("A", "count"), ("A", "count"), ("B", "order")]
+    found = summed("mlvu", [(said, question(("x",), letters, task=task)) for said, task in mlvu])
+    assert found == pytest.approx({"M-Avg": (1 + 0) / 2, "accuracy": 2 / 3, "count": 1, "order": 0})
+
+    video = [("A", "short"), ("B", "short"), ("A", "long")]
+    found = summed("videomme", [(said, question(("x",), letters, duration=kind)) for said, kind in video])
+    assert found == pytest.approx({"accuracy": 2 / 3, "short": 1 / 2, "long": 1})
+
+    asked = [question(("x",), letters, context="image", subject="NAT"), question(("x",), letters, context="none")]
+    found = summed("scienceqa", [("A", asked[0]), ("B", asked[1])])
+    assert found == pytest.approx({"accuracy": 1 / 2, "context image": 1, "context none": 0, "subject NAT": 1})
+
+    vqa = [("3", question(ONE_OF_TEN, answer_type="number")), ("2", question(ONE_OF_TEN, answer_type="other"))]
+    assert summed("vqav2", vqa) == pytest.approx({"accuracy": 0.95, "number": 1, "other": 0.9})
+    assert summed("docvqa", [("ab", question(("ax", "abc")))]) == pytest.approx({"ANLS": 2 / 3})
+
+    mme = [("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "yes")]
+    pairs = [
+        (said, Question(str(i), "?", None, (right,), group=str(i // 2), kinds={"sub-task": "OCR"}))
+        for i, (said, right) in enumerate(mme)
+    ]
+    found = summed("mme", pairs)  # three of four, one of two pictures
+    assert found["perception"] == found["OCR"] == pytest.approx(75 + 50)
+    assert found["OCR accuracy+"] == pytest.approx(0.5)
 
 
 # -- LongBench ---------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class VAEObjective(Objective):
 
 
 class TokenizerObjective(Objective):
-    """Velocity of noised latents under a random number of tokens (specification, section 10)."""
+    """Velocity of noised latents under a random number of tokens."""
 
     def __init__(self, model: FlexTokModel, vae: AutoencoderKL | None, pictures: Pictures, how: Loss) -> None:
         self.flextok = FlexTok(model, vae, FlowMatchEulerDiscreteScheduler())

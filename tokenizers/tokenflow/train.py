@@ -179,7 +179,7 @@ def teacher_of(section: Mapping[str, Any], net: TokenFlow, pictures: Pictures) -
 
 
 class TokenizerObjective(Objective):
-    """Pictures and the teacher's features back from codes (specification, section 5)."""
+    """Pictures and the teacher's features back from codes."""
 
     def __init__(self, net: TokenFlow, teacher: Any, pictures: Pictures, how: Loss, steps: int) -> None:
         if pictures.size != net.image_size:
@@ -271,7 +271,7 @@ def text_tokenizer_of(name: str) -> Any:
 
 
 class GeneratorObjective(Objective):
-    """Cross-entropy of all codes of the next scale, and of the words that close a picture (section 7)."""
+    """Cross-entropy of all codes of the next scale, and of the words that close a picture."""
 
     def __init__(self, net: TokenFlow, fields: Mapping[str, Any], prompts: Prompts, pictures: Pictures) -> None:
         if not prompts.captions and not pictures.classes:

@@ -114,7 +114,7 @@ class Patch:
                 multimodal models it stands in for the visual tokens.
 
         Raises:
-            RequestError (ValueError): nothing or something else was given. MissingSiteError: no method here reads it.
+            RequestError: nothing or something else was given. MissingSiteError: no method here reads it.
         """
         if self._attachment is None:
             raise RuntimeError("this patch was removed; call tokred.patch again")
@@ -176,11 +176,17 @@ def patch(model: nn.Module, method: object, **parameters: Any) -> Patch:
         A `Patch` with ``.trace``, ``.replace(method)`` and ``.remove()``, which is also a context manager.
 
     Raises:
-        UnsupportedModelError, MissingSiteError (TypeError): no host, or no site for the method.
-        AlreadyPatchedError (RuntimeError): the model or a part of it is patched; use ``.replace`` or `unpatch`.
-        CompiledModelError (RuntimeError): a part of it was compiled in place before.
-        InvalidParameterError, LayerError, ConflictError, UnknownMethodError (ValueError), UnknownParameterError
-        (TypeError). On any error the model is as it was.
+        UnsupportedModelError: no host knows the model.
+        MissingSiteError: the host has no site for the method.
+        AlreadyPatchedError: the model or a part of it is patched; use ``.replace`` or `unpatch`.
+        CompiledModelError: a part of it was compiled in place before.
+        ConflictError: methods of the list that do not go together.
+        UnknownMethodError: no method has that name.
+        UnknownParameterError: no parameter of the method, no option of the model's host.
+        InvalidParameterError: a value outside its range.
+        LayerError: a block or layer that the model does not have.
+
+    On any error the model is as it was.
     """
     model = unwrap(model)
     if not isinstance(model, nn.Module):

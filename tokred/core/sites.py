@@ -350,8 +350,8 @@ class DecoderInfo:
     family: str = ""
 
     def macs(self, tokens: int) -> int:
-        """Multiply-adds of a prefill of `tokens`: ``L [T (4 d^2 + 3 d m) + 2 T^2 d]`` for a Llama (HiRED, section 8
-        of our notes); the head is not counted."""
+        """Multiply-adds of a prefill of `tokens`: ``L [T (4 d^2 + 3 d m) + 2 T^2 d]`` for a Llama; the head is
+        not counted."""
         return self.depth * (tokens * self.layer_macs + 2 * tokens * tokens * self.width)
 
 

@@ -174,7 +174,7 @@ def _classify_tab(shelves: Shelves, samples: Samples) -> None:
             out = gr.HTML(markup.placeholder(empty), elem_id="classify-out")
     inputs = [picture, model, method, share]
     run = _told(job)
-    go.click(run, inputs, out, concurrency_id="classifier")
+    go.click(run, inputs, out, concurrency_id="classifier", scroll_to_output=True)
     share.release(run, inputs, out, concurrency_id="classifier")
     with gr.Column(elem_classes="tk-first tk-chips"):
         gr.Examples(
@@ -261,7 +261,7 @@ def _ask_about(shelf: Any, kind: str, examples: Sequence[tuple[str, str, str]]) 
     run = _told(job)
     inputs = [media, question, model, method, share]
     group = "video" if video else "vlm"
-    go.click(run, inputs, out, concurrency_id=group)
+    go.click(run, inputs, out, concurrency_id=group, scroll_to_output=True)
     question.submit(run, inputs, out, concurrency_id=group)
     share.release(run, inputs, out, concurrency_id=group)
     frames = f"; the model sees {ask.FRAMES} of their frames" if video else ""
@@ -331,7 +331,7 @@ def _text_tab(shelves: Shelves) -> None:
             empty = "Press “Read and answer”: both answers, and the words that the method let through, appear here."
             out = gr.HTML(markup.placeholder(empty), elem_id="text-out")
     inputs = [passage, asked, model, method, k]
-    go.click(run, inputs, out, concurrency_id="llm")
+    go.click(run, inputs, out, concurrency_id="llm", scroll_to_output=True)
     asked.submit(run, inputs, out, concurrency_id="llm")
     k.release(run, inputs, out, concurrency_id="llm")
     drawn = fresh.click(_told(another), number, [passage, asked, number, right])
@@ -396,7 +396,7 @@ def _tokenize_tab(samples: Samples, folder: Path) -> None:
             out = gr.HTML(markup.placeholder(empty), elem_id="tokenize-out")
             file = gr.File(label="Token file", interactive=False, elem_id="token-file")
     inputs = [picture, model, tokens, caption]
-    go.click(run, inputs, [out, file], concurrency_id="codes")
+    go.click(run, inputs, [out, file], concurrency_id="codes", scroll_to_output=True)
     tokens.release(run, inputs, [out, file], concurrency_id="codes")
     model.change(chosen, model, [tokens, caption])
     with gr.Column(elem_classes="tk-first tk-chips"):
@@ -506,7 +506,7 @@ def _compare_form(
             empty = "Click on an example below: a table of all ticked methods, and what each keeps, appear here."
             out = gr.HTML(markup.placeholder(empty), elem_id=f"compare-{kind}-out")
     group = "vlm" if asked else "classifier"
-    go.click(run, [*inputs, methods, budget], out, concurrency_id=group)
+    go.click(run, [*inputs, methods, budget], out, concurrency_id=group, scroll_to_output=True)
     with gr.Column(elem_classes="tk-first tk-chips"):
         gr.Examples(
             examples,

@@ -42,7 +42,7 @@ from tokred.zoo import tokenizers as zoo
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Given", "macs", "run", "show"]
+__all__ = ["Given", "macs", "run", "show", "tables"]
 
 TASK = TASKS["tokenize"]
 BATCH = 25
@@ -484,12 +484,17 @@ def show(results: Mapping[str, Any]) -> str:
         f"{cards['count']} {cards['split']} cards (seed {cards['seed']}), {results['machine']['speed_threads']} thread "
         f"for speed, torch {results['machine']['torch']}"
     ]
-    for name, found in results["experiments"].items():
-        header, rows = _TABLES[name](found)
-        used = ", ".join(f"{key}={value:g}" for key, value in found["settings"].items())
+    for name, (header, rows, legend) in tables(results).items():
+        settings = results["experiments"][name]["settings"]
+        used = ", ".join(f"{key}={value:g}" for key, value in settings.items())
         lines += ["", f"{name.upper()}" + (f" ({used})" if used else ""), "", table(header, rows), ""]
-        lines += textwrap.wrap(LEGEND[name], 118)
+        lines += textwrap.wrap(legend, 118)
     return "\n".join(lines)
+
+
+def tables(results: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[list[str]]], str]]:
+    """{experiment: (header, groups of rows of cells, what the columns mean)}."""
+    return {name: (*_TABLES[name](found), LEGEND[name]) for name, found in results["experiments"].items()}
 
 
 def _read(row: Mapping[str, Any]) -> str:

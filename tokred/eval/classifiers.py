@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from tokred.core.errors import InvalidParameterError, MissingWeightsError, nearest
 from tokred.eval.bench import require
-from tokred.eval.hub import unreachable, what_to_do
+from tokred.eval.hub import brief, unreachable, what_to_do
+from tokred.eval.records import digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Choice", "Classifier", "digest", "load_classifier"]
+__all__ = ["Choice", "Classifier", "load_classifier"]
 
 DIGITS = tuple("0123456789")
 DIGIT_TEMPLATES = ("a {}", "the digit {}")  # wordings that the bundled CLIP was trained with
@@ -35,14 +37,14 @@ class Choice:
             ``openclip:ARCHITECTURE/WEIGHTS`` (weights: a tag or a file), which names classes by their texts.
         checkpoint: weights for the architecture instead of the released ones. random: take random ones.
         image_size: height and width at which a timm model runs; None is its own.
-        templates: "full" (80 wordings a class) or "simple" (7), for openclip.
+        templates: "full" (80 wordings a class; None is that) or "simple" (7), for openclip.
     """
 
     name: str = "digit-vit"
     checkpoint: Path | None = None
     random: bool = False
     image_size: int | None = None
-    templates: str = "full"
+    templates: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +78,12 @@ def load_classifier(choice: Choice, device: torch.device | None = None, cache: P
         InvalidParameterError: no such model, options that it does not take, or weights that do not fit.
         MissingWeightsError: the hub cannot be reached.
     """
-    if choice.templates not in TEMPLATES:
+    if choice.templates is not None and choice.templates not in TEMPLATES:
         raise InvalidParameterError(f"--templates {choice.templates}: expected full or simple")
+    if choice.templates is not None and not choice.name.startswith("openclip:"):
+        raise InvalidParameterError(
+            f"--templates is for openclip models; {choice.name} brings its own wordings or none"
+        )
     if choice.random and choice.checkpoint is not None:
         raise InvalidParameterError("--random-weights and --checkpoint exclude each other")
     kind = choice.name.partition(":")[0] if ":" in choice.name else ""
@@ -95,16 +101,6 @@ def load_classifier(choice: Choice, device: torch.device | None = None, cache: P
     return _timm(choice)
 
 
-def digest(model: nn.Module) -> str:
-    """A short name of the weights: of all shapes and of 64 values of each tensor."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // 64)].double().cpu().numpy().tobytes()
-        found.update(f"{name} {tuple(tensor.shape)}".encode() + some)
-    return found.hexdigest()[:16]
-
-
 # -- timm, bundled -----------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +113,7 @@ def _timm(choice: Choice) -> Classifier:
 
     assert tokred.vision
     bundled = choice.name == "digit-vit" or choice.name in BACKBONES
+    _check_name(choice.name, ("digit-vit", "digit-clip", *BACKBONES))
     if bundled and (choice.random or choice.image_size is not None):
         raise InvalidParameterError(
             f"{choice.name} is bundled with its weights and has one size; leave the option away"
@@ -146,6 +143,16 @@ def _timm(choice: Choice) -> Classifier:
         None if bundled else config.get("architecture"),
         config.get("tag") if weights == "pretrained" else None,
     )
+
+
+def _check_name(name: str, bundled: Sequence[str]) -> None:
+    import timm
+
+    if name not in bundled and not timm.is_model(name):
+        raise InvalidParameterError(
+            f"no model {name!r}{nearest(name, [*bundled, *timm.list_models()])}; expected {', '.join(bundled)}, a timm "
+            "architecture, hf:<id or folder>, or openclip:ARCHITECTURE/WEIGHTS"
+        )
 
 
 def _timm_transform(model: nn.Module, bundled: bool, image_size: int | None) -> Callable[[Image], Tensor]:
@@ -203,7 +210,7 @@ def _transformers(choice: Choice) -> Classifier:
     except Exception as error:
         if not Path(source).exists() and unreachable(error):
             raise MissingWeightsError(what_to_do(f"the model {source!r}", "give hf:<folder>")) from error
-        raise InvalidParameterError(f"transformers cannot load {source!r} as a classifier: {_line(error)}") from error
+        raise InvalidParameterError(f"transformers cannot load {source!r} as a classifier: {brief(error)}") from error
     if loaded["missing_keys"]:
         raise InvalidParameterError(
             f"{source!r} has no weights for {sorted(loaded['missing_keys'])[0]}: it is no classifier (a CLIP is given "
@@ -249,19 +256,34 @@ def _open_clip(choice: Choice, device: torch.device, cache: Path | None) -> Clas
                 f"openclip:{name}/WEIGHTS with a file or one of: {', '.join(tags) or 'none released'}"
             )
     try:
-        clip, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None)
-        tokenizer = open_clip.get_tokenizer(name)
+        with _silent():
+            clip, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None)
+            tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         if unreachable(error):
             local = f"give a file of weights: openclip:{name}/FILE"
             raise MissingWeightsError(what_to_do(f"the model {choice.name!r}", local)) from error
-        raise InvalidParameterError(f"open_clip cannot load {choice.name!r}: {_line(error)}") from error
-    full = choice.templates == "full"
+        raise InvalidParameterError(
+            f"open_clip cannot load {choice.name!r}: {brief(error)}; expected weights of {name}"
+        ) from error
+    wordings = choice.templates or TEMPLATES[0]
+    full = wordings == "full"
     templates = open_clip.OPENAI_IMAGENET_TEMPLATES if full else open_clip.SIMPLE_IMAGENET_TEMPLATES
-    kept = None if cache is None else cache / f"texts-{choice.templates}-{digest(clip)}.safetensors"
+    kept = None if cache is None else cache / f"texts-{wordings}-{digest(clip)}.safetensors"
     names = tuple(open_clip.IMAGENET_CLASSNAMES)
     texts = _texts(clip.eval(), tokenizer, names, templates, device, kept)
     return Classifier(choice.name, _ZeroShot(clip, texts), transform, len(names), names, "pretrained")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """open_clip logs what it raises, too: said once is enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _digit_clip(choice: Choice) -> Classifier:
@@ -298,7 +320,3 @@ def _texts(
         save_file({"texts": found}, half)
         half.replace(kept)  # a run that is killed here leaves no half of a file
     return found
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,6 +34,7 @@ def hosts_page() -> str:
     parts = [
         _HEAD + "\n".join(f"\n- `{site}`: {where}." for site, where in SITES.items()).replace("\n\n", "\n"),
         _fits(own, families),
+        _options(families),
         *(_family(record) for record in families),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -45,7 +46,7 @@ def _fits(records: Sequence[MethodRecord], families: Sequence[HostRecord]) -> st
     rows: list[list[str]] = [["method", "acts at", *(f.family for f in families)], ["---"] * (2 + len(families))]
     for record in records:
         marks = ["yes" if fits[record.name][family.family] else "" for family in families]
-        rows.append([f"`{record.cls}`", ", ".join(record.sites), *marks])
+        rows.append([f"[`{record.cls}`](methods/{record.name}.md)", ", ".join(record.sites), *marks])
     refused = sum(len(family.refusals) for family in families)
     text = (
         "A method fits a family that has its sites. What one model lacks beside them (a class token, say) is a named "
@@ -54,18 +55,21 @@ def _fits(records: Sequence[MethodRecord], families: Sequence[HostRecord]) -> st
     return "\n".join(["## Methods and families", "", _wrap(text), "", *(_row(row) for row in rows)])
 
 
+def _options(families: Sequence[HostRecord]) -> str:
+    """The table of options of `tokred.patch`, which mean the same wherever a family has them."""
+    meanings = {name: meaning for family in families for name, meaning in family.options.items()}
+    rows = [_row([f"`{name}`", meaning]) for name, meaning in meanings.items()]
+    return "\n".join(["## Options", "", "| option of `tokred.patch` | meaning |", "| --- | --- |", *rows])
+
+
 def _family(record: HostRecord) -> str:
     """One section."""
     lines = [
         f"## {record.family}",
         "",
-        f"Classes: {_names(record.classes)}.",
+        _wrap(f"Classes: {_names(record.classes)}."),
         "",
-        f"Sites: {_names(record.sites)}.",
-        "",
-        "| option of `tokred.patch` | meaning |",
-        "| --- | --- |",
-        *(_row([f"`{name}`", meaning]) for name, meaning in record.options.items()),
+        _wrap(f"Sites: {_names(record.sites)}. Options: {_names(list(record.options)) or 'none'}."),
         "",
         f"Refused: {len(record.refusals)}.",
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokred.core.errors import InvalidParameterError, nearest
 
-__all__ = ["pretrained", "unreachable", "what_to_do"]
+__all__ = ["brief", "pretrained", "unreachable", "what_to_do"]
 
 #: classes by name: huggingface_hub, requests, httpx, urllib3, urllib and datasets have their own
 _SIGNS = {
@@ -45,6 +45,13 @@ def what_to_do(what: str, local: str) -> str:
     )
 
 
+def brief(error: BaseException) -> str:
+    """An error of another library in one line: its kind, where it says little, and at most 240 letters of it."""
+    text = " ".join(str(error).split()).rstrip(".")
+    text = text if " " in text else f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 240 else f"{text[:237]}..."
+
+
 def pretrained(name: str, readers: Sequence[Any], bundled: Sequence[str], what: str, dtype: Any) -> tuple[Any, Any]:
     """A model of transformers in eval mode, and its tokenizer or processor.
 
@@ -55,9 +62,13 @@ def pretrained(name: str, readers: Sequence[Any], bundled: Sequence[str], what: 
     Raises:
         InvalidParameterError: there is no such model, it is another kind, or the hub cannot be reached.
     """
-    if not Path(name).exists() and "/" not in name:
+    if not name or (not Path(name).exists() and "/" not in name):
         raise InvalidParameterError(
-            f"no model {name!r}{nearest(name, bundled)}: expected {', '.join(bundled)}, a folder, or an id of the hub"
+            f"no model {name!r}{nearest(name, bundled)}; expected {', '.join(bundled)}, a folder, or an id of the hub"
+        )
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise InvalidParameterError(
+            f"--model {name} has no config.json in it: expected a folder as save_pretrained writes it"
         )
     model_reader, other_reader = readers
     try:
@@ -66,6 +77,4 @@ def pretrained(name: str, readers: Sequence[Any], bundled: Sequence[str], what: 
     except Exception as error:
         if unreachable(error):
             raise InvalidParameterError(what_to_do(f"the model {name}", "give --model a folder with it")) from error
-        raise InvalidParameterError(
-            f"--model {name} cannot be loaded as a {what}: {str(error).splitlines()[0]}"
-        ) from error
+        raise InvalidParameterError(f"--model {name} cannot be loaded as a {what}: {brief(error)}") from error

@@ -19,26 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred import __version__
 from tokred.core.errors import InvalidParameterError, TokredError, UnsupportedModelError
 from tokred.core.flops import Flops, flops
-from tokred.core.method import Method, resolve
-from tokred.core.patch import Patch, patch, split_options
+from tokred.core.method import Method
+from tokred.core.patch import Patch, patch
 from tokred.eval.bench import Progress, require
-from tokred.eval.classifiers import Choice, Classifier, digest, load_classifier
+from tokred.eval.classifiers import Choice, Classifier, load_classifier
+from tokred.eval.clock import Clock, spent
 from tokred.eval.imagenet_data import Batch, ImageData, Source, open_images
 from tokred.eval.imagenet_reported import Reported, paper_runs, reported
 from tokred.eval.processes import Processes, finish, join
-from tokred.eval.records import Key, Records, claim, read
+from tokred.eval.records import Key, Records, check_out, claim, identity, read
 from tokred.eval.report import percent, table, token_chain
+from tokred.eval.runs import Chosen, Run, choose, drawn, redrawn
 from tokred.eval.vision import Estimate, mean
-from tokred.vision.random_tokens import RandomTokens
 
-__all__ = ["DEFAULT_RUNS", "ImagenetOptions", "Run", "run", "show"]
+__all__ = ["DEFAULT_RUNS", "ImagenetOptions", "run", "show"]
 
 UNPATCHED = "unpatched"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Run = tuple[str, Mapping[str, Any]]  # a method by name and its parameters (and options of `patch`)
 #: where --method does not say: settings that every depth has
 DEFAULT_RUNS: tuple[Run, ...] = (("tome", {"r": 8}), ("topk", {"keep_rate": 0.7}), ("zero_tprune", {"keep_rate": 0.7}))
 
@@ -85,28 +84,9 @@ class _Row:
         self.label, self.method, self.model, self.handle = label, method, model, handle
         self.records: Records | None = None
 
-    @property
-    def drawn(self) -> bool:
-        """Whether chance decides: it is then drawn anew for every batch."""
-        if self.method is None or isinstance(self.method, RandomTokens):
-            return self.method is not None
-        return "random" in self.method.to_dict().values()
-
     def lacks(self, keys: Sequence[Key]) -> bool:
         assert self.records is not None
         return not all(key in self.records for key in keys)
-
-
-class Clock:
-    """Seconds spent in the data loader, in the models, and in all; what is left is the evaluation's own."""
-
-    def __init__(self) -> None:
-        self.loader = self.model = self.total = 0.0
-
-    def to_dict(self) -> dict[str, float]:
-        outside = max(self.total - self.loader - self.model, 0.0)
-        share = outside / self.total if self.total else 0.0
-        return {"loader": self.loader, "model": self.model, "outside": outside, "outside_share": share}
 
 
 def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
@@ -120,8 +100,9 @@ def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
     """
     require("eval", "torchvision", "tqdm", what="tokred eval imagenet")
     began = time.perf_counter()
-    methods = [_method(name, parameters) for name, parameters in options.runs or ()]
+    methods = [choose(one) for one in options.runs or ()]
     options.source.check()
+    check_out(options.out)
     here = join(options.device)
     classifier = _classifier(options, here)
     rows = _rows(options, classifier, methods)
@@ -129,15 +110,13 @@ def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
     size = _image_size(classifier)
     settings = {
         "task": "imagenet",
-        "versions": {"tokred": __version__, "torch": torch.__version__},
         "model": classifier.name,
-        "weights": digest(classifier.model),
-        "templates": options.model.templates if classifier.name.startswith("openclip:") else None,
+        **identity(classifier.model, here.device),
+        "templates": options.model.templates or "full" if classifier.name.startswith("openclip:") else None,
         "image_size": list(size),
         "images": data.facts,
         "batch": options.batch,
         "dtype": options.dtype,
-        "device": here.device.type,
     }
     if here.first:
         claim(options.out, settings, options.fresh)
@@ -147,7 +126,8 @@ def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
         row.records = Records(options.out, row.label, here.rank)
     here.wait()  # nobody writes before all have read
     try:
-        _evaluate(rows, classifier, data, options, here, clock, progress)
+        with clock.running():
+            _evaluate(rows, classifier, data, options, here, clock, progress)
     finally:
         for row in rows:
             row.records.close()  # type: ignore[union-attr]
@@ -162,21 +142,6 @@ def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _method(name: str, parameters: Mapping[str, Any]) -> tuple[str, Method, dict[str, Any]]:
-    """(label, method, options of `patch`); refuses what does not exist."""
-    options, rest = split_options(parameters)
-    (method,) = resolve(name, rest)
-    return " ".join([method.name, *(f"{key}={_compact(value)}" for key, value in parameters.items())]), method, options
-
-
-def _compact(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return "(" + ",".join(_compact(item) for item in value) + ")"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_compact(item)}" for key, item in value.items()) + "}"
-    return str(value)
-
-
 def _classifier(options: ImagenetOptions, here: Processes) -> Classifier:
     """Load it in the first process before the others: what it fetches or encodes is there for them."""
     if not here.first:
@@ -188,17 +153,15 @@ def _classifier(options: ImagenetOptions, here: Processes) -> Classifier:
     return found
 
 
-def _rows(
-    options: ImagenetOptions, classifier: Classifier, methods: Sequence[tuple[str, Method, dict[str, Any]]]
-) -> list[_Row]:
+def _rows(options: ImagenetOptions, classifier: Classifier, methods: Sequence[Chosen]) -> list[_Row]:
     rows = [_Row(UNPATCHED, None, classifier.model, None)]
     wanted = list(methods)
     if options.paper:
-        wanted += [_method(*one) for one in paper_runs(classifier.architecture, classifier.tag)]
+        wanted += [choose(one) for one in paper_runs(classifier.architecture, classifier.tag)]
         if len(wanted) == len(methods):
             raise InvalidParameterError(f"--paper: no paper that we know of reports a method on {classifier.name}")
     elif options.runs is None and _has_host(classifier.model):
-        wanted = [_method(*one) for one in DEFAULT_RUNS]
+        wanted = [choose(one) for one in DEFAULT_RUNS]
     for label, method, chosen in wanted:
         if all(label != row.label for row in rows):
             model = _sharing(classifier.model)
@@ -242,7 +205,6 @@ def _evaluate(
     clock: Clock,
     progress: Progress,
 ) -> None:
-    began = time.perf_counter()
     done = frozenset.intersection(*(frozenset(row.records.done) for row in rows))  # type: ignore[union-attr]
     if here.first:
         left = None if data.total is None else max(data.total - len(done), 0)
@@ -267,7 +229,6 @@ def _evaluate(
         if here.first:
             progress.advance(here.count * (len(batch.keys) + len(batch.unreadable)))
     progress.stop()
-    clock.total = time.perf_counter() - began
 
 
 def _cores() -> Sequence[int]:
@@ -278,21 +239,19 @@ def _cores() -> Sequence[int]:
 
 def _timed(loader: Any, clock: Clock) -> Iterator[Batch]:
     """The loader's batches; an error of a worker process is told as if it were one of this process."""
-    began = time.perf_counter()
     batches = _fetched(loader)
     while True:
         try:
-            batch = next(batches, None)
+            with clock.loading():
+                batch = next(batches, None)
         except TokredError as error:
             text = str(error)
             if "Original Traceback" not in text:
                 raise
             raise InvalidParameterError(text.rstrip().splitlines()[-1].partition("Error: ")[2]) from None
-        clock.loader += time.perf_counter() - began
         if batch is None:
             return
         yield batch
-        began = time.perf_counter()
 
 
 def _fetched(loader: Any) -> Iterator[Batch]:
@@ -304,9 +263,8 @@ def _one(
     row: _Row, batch: Batch, device: torch.device, dtype: torch.dtype, best: int, clock: Clock, warm: bool
 ) -> None:
     """One batch through one row, and its records."""
-    if row.handle is not None and row.drawn:
-        method: Any = row.method
-        row.handle.replace(method.replace(seed=method.seed + batch.number))
+    if row.handle is not None and row.method is not None and drawn(row.method):
+        row.handle.replace(redrawn(row.method, batch.number))
     top: list[list[int]] = []
     began = time.perf_counter()
     if batch.keys:
@@ -357,7 +315,9 @@ def _results(
     unreadable = [found[UNPATCHED][key]["unreadable"] for key in keys if "unreadable" in found[UNPATCHED][key]]
     seen = [key for key in keys if "top" in found[UNPATCHED][key]]
     if not seen:
-        raise InvalidParameterError(f"none of the {len(keys)} images of {options.source.data} can be read")
+        raise InvalidParameterError(
+            f"none of the {len(keys)} images of {options.source.data} can be read; the first is {unreadable[0]}"
+        )
     plain = found[UNPATCHED]
     known = classifier.weights != "random" and classifier.classes == 1000
     measured = []
@@ -369,7 +329,7 @@ def _results(
             {
                 "row": row.label,
                 "method": None if row.method is None else row.method.to_dict(),
-                **_accuracy([mine[key] for key in seen], [plain[key] for key in seen], row.drawn),
+                **_accuracy([mine[key] for key in seen], [plain[key] for key in seen], drawn(row.method)),
                 **_counted(cost),
                 **_speed([mine[key] for key in seen], [plain[key] for key in seen]),
                 **_said(paper),
@@ -393,13 +353,13 @@ def _results(
         },
         "rows": measured,
         "time": clock.to_dict(),
-        "files": {"results": str(options.out / "results.json")},
+        "files": {"results": str(options.out / "results.json"), "records": str(options.out / "records")},
     }
 
 
-def _accuracy(mine: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]], drawn: bool) -> dict[str, Any]:
+def _accuracy(mine: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]], by_batch: bool) -> dict[str, Any]:
     """Shares with standard errors; images of one random draw count as one group (`tokred.eval.vision.mean`)."""
-    groups = torch.tensor([record["batch"] for record in mine]) if drawn else None
+    groups = torch.tensor([record["batch"] for record in mine]) if by_batch else None
 
     def share(name: str, hits: list[bool]) -> dict[str, float]:
         found: Estimate = mean(torch.tensor(hits), groups)
@@ -431,10 +391,10 @@ def _speed(mine: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]
     own = [record["ms"] for record in mine if record["ms"] is not None]
     both = [(a["ms"], b["ms"]) for a, b in zip(mine, plain, strict=True) if a["ms"] is not None and b["ms"] is not None]
     per_second = 1000 * len(own) / math.fsum(own) if own and math.fsum(own) else None
-    spent = math.fsum(a for a, _ in both)
+    mine_both = math.fsum(a for a, _ in both)
     return {
         "images_per_s": per_second,
-        "speedup": math.fsum(b for _, b in both) / spent if spent else None,
+        "speedup": math.fsum(b for _, b in both) / mine_both if mine_both else None,
     }
 
 
@@ -466,7 +426,7 @@ def show(results: Mapping[str, Any]) -> str:
     empty = {i for i, name in enumerate(header) if name == "paper" and not any(line[i] for line in cells)}
     cells = [[cell for i, cell in enumerate(line) if i not in empty] for line in cells]
     header = [name for i, name in enumerate(header) if i not in empty]
-    machine, spent, data = results["machine"], results["time"], results["data"]
+    machine, data = results["machine"], results["data"]
     weights = "" if results["weights"] == "bundled" else f" ({results['weights']} weights)"
     several = f", {machine['processes']} processes" if machine["processes"] > 1 else ""
     lines = [
@@ -482,11 +442,7 @@ def show(results: Mapping[str, Any]) -> str:
     sources = {row["paper_source"]: None for row in results["rows"] if row["paper_source"]}
     if sources:
         lines.append(f"paper: {'; '.join(sources)}.")
-    if spent["loader"] + spent["model"]:
-        lines.append(
-            f"time of this run: data loader {spent['loader']:.1f} s, models {spent['model']:.1f} s, "
-            f"all else {spent['outside_share']:.1%}."
-        )
+    lines += spent(results["time"])
     if results["unreadable"]:
         names = results["unreadable"]
         more = f" and {len(names) - 3} more (results.json)" if len(names) > 3 else ""

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from tokred.core.errors import InvalidParameterError, nearest
 from tokred.eval.bench import require
-from tokred.eval.hub import unreachable, what_to_do
+from tokred.eval.hub import brief, unreachable, what_to_do
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,11 +92,22 @@ class Source:
         """Say at once that there is nothing, before a model is loaded.
 
         Raises:
-            FileNotFoundError: with what could be given instead.
+            FileNotFoundError: with what could be given instead. InvalidParameterError: options that do not belong here.
         """
         for path, option in ((self.labels, "--labels"), (self.class_map, "--class-map")):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"no {option} at {path}")
+        if self.class_map is not None and not self.class_map.is_file():
+            raise InvalidParameterError(f"--class-map {self.class_map} is a folder; expected a file")
+        streamed = self.data.startswith("hf:")
+        for option, given, fits in (
+            ("--config", self.config, streamed),
+            ("--image-column", self.image_column, streamed),
+            ("--label-column", self.label_column, streamed),
+            ("--split", self.split, streamed or self.data == "scenes"),
+        ):
+            if given is not None and not fits:
+                raise InvalidParameterError(f"{option} {given} is of a data set, hf:<id or folder>; leave it away")
         if self.data != "scenes" and not self.data.startswith("hf:") and not Path(self.data).exists():
             raise FileNotFoundError(
                 f"no data at {self.data!r}; expected a folder of images, a tar such as ILSVRC2012_img_val.tar, hf:<id "
@@ -189,9 +200,16 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def _text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidParameterError(f"{option} {path} is no text: {brief(error)}") from error
+
+
 def _class_map(path: Path, count: int) -> dict[str, int]:
     """JSON {name: number}, or lines "name number", or one name a line whose number is the line's."""
-    text = path.read_text(encoding="utf-8")
+    text = _text(path, "--class-map")
     try:
         if path.suffix == ".json":
             found = {str(name): int(number) for name, number in json.loads(text).items()}
@@ -201,7 +219,10 @@ def _class_map(path: Path, count: int) -> dict[str, int]:
             whole = [line.strip() for line in text.splitlines() if line.strip()]
             found = {a: int(b) for a, b in lines} if numbered else {name: n for n, name in enumerate(whole)}
     except (ValueError, AttributeError, TypeError) as error:
-        raise InvalidParameterError(f"--class-map {path} cannot be read: {error}") from error
+        raise InvalidParameterError(
+            f"--class-map {path} cannot be read: {brief(error)}; expected lines of a name and a number, or JSON "
+            "{name: number}"
+        ) from error
     if not found or min(found.values()) < 0 or max(found.values()) >= count:
         raise InvalidParameterError(
             f"--class-map {path} names {len(found)} classes up to {max(found.values(), default=-1)}, and the model has "
@@ -290,8 +311,7 @@ def _batch(number: int, items: Sequence[_Item]) -> Batch:
 
 
 def _reason(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its bytes", text)
+    return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its bytes", brief(error))
 
 
 def _picture(data: bytes) -> Image:
@@ -387,9 +407,9 @@ def _tar(path: Path, source: Source, into: _Classes) -> ImageData:
     except tarfile.ReadError as error:
         packed = _is_compressed(path)
         raise InvalidParameterError(
-            f"{path} is compressed; unpack it to a plain tar (gunzip) to read it in any order"
+            f"{path} is compressed; unpack it to a plain tar or a folder, so that it can be read in any order"
             if packed
-            else f"{path} is no tar ({error}); expected a folder, a tar, hf:<id>, or the word: scenes"
+            else f"{path} is no whole tar ({error}); expected a folder, a tar, hf:<id>, or the word: scenes"
         ) from error
     images = sorted((m.name, m.offset_data, m.size) for m in members if m.name.lower().endswith(SUFFIXES))
     if not images:
@@ -407,11 +427,9 @@ def _tar(path: Path, source: Source, into: _Classes) -> ImageData:
 
 
 def _is_compressed(path: Path) -> bool:
-    try:
-        tarfile.open(path, "r:*").close()
-    except tarfile.ReadError:
-        return False
-    return True
+    with path.open("rb") as file:
+        start = file.read(6)
+    return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK"))
 
 
 # -- labels of a list --------------------------------------------------------------------------------------------------
@@ -457,7 +475,7 @@ def _read_labels(path: Path, images: int) -> list[str | int] | dict[str, str | i
     """
     if path.is_dir() or ".tar" in path.name or path.suffix == ".tgz":
         return _devkit(path)
-    lines = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.replace(",", " ").split() for line in _text(path, "--labels").splitlines() if line.strip()]
     if lines and lines[0][0] == "ImageId":
         lines = lines[1:]
     if not lines:
@@ -693,7 +711,10 @@ def _load(source: Source) -> tuple[Any, str]:
             raise InvalidParameterError(
                 what_to_do(f"the data set {name!r}", "give a folder, a tar, or hf:<folder> with parquet files")
             ) from error
-        raise InvalidParameterError(f"datasets cannot open {name!r}: {_reason(error)}") from error
+        raise InvalidParameterError(
+            f"datasets cannot open {name!r}: {_reason(error)}; expected hf: and the id of a data set, or a folder of "
+            "parquet files"
+        ) from error
     split = source.split or "validation"
     if split not in parts:
         raise InvalidParameterError(_no_split(name, split, parts))

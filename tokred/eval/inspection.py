@@ -160,6 +160,11 @@ def _fill(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for key in ("state_dict", "model"):
                 state = state.get(key, state)
+    except Exception as error:
+        raise InvalidParameterError(
+            f"{path} cannot be read as a checkpoint: expected safetensors, or a state dict that torch.save wrote"
+        ) from error
+    try:
         model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True)
     except Exception as error:
         raise InvalidParameterError(f"{path} does not fit {type(model).__name__}: {_first_line(error)}") from error

@@ -201,7 +201,10 @@ def read_longbench(path: Path, wanted: Sequence[str] = (), limit: int | None = N
         asked = row.get("input") if values.get("input") is not None else ""
         found.append(LongQuestion(number, name, row.get("context"), asked, row.texts("answers"), classes))
     if not found:
-        raise InvalidParameterError(f"--data {path}: no question of {', '.join(wanted) or 'LongBench'} is in it")
+        raise InvalidParameterError(
+            f"--data {path}: no question of {', '.join(wanted) or 'LongBench'} is in it; expected "
+            "its data folder (narrativeqa.jsonl ...) or one such file"
+        )
     return found
 
 
@@ -228,6 +231,8 @@ def _rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Mapping[str,
 
 def read_prompts(path: Path) -> dict[str, str]:
     """LongBench's file of prompts: {data set: template with {context}, and {input} where it asks something}."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path} is no file; expected LongBench's dataset2prompt.json")
     found = read_json(path)
     if not isinstance(found, Mapping):
         raise DataFormatError(f"{path}: expected an object {{data set: prompt}}")

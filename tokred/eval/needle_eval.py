@@ -13,9 +13,9 @@ import math
 import statistics
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,24 +28,26 @@ from tokred.core.errors import InvalidParameterError, nearest
 from tokred.core.method import Method
 from tokred.core.patch import patch
 from tokred.eval.bench import Progress, require
+from tokred.eval.clock import Clock, spent
 from tokred.eval.hub import pretrained
 from tokred.eval.inside import tokens_read
 from tokred.eval.longbench import DATASETS, LongQuestion, judge_long, read_longbench, read_prompts, rouge_1
 from tokred.eval.processes import finish, join
-from tokred.eval.records import Records, claim, read
+from tokred.eval.records import Records, check_out, claim, identity, read
 from tokred.eval.report import percent, signed, table
+from tokred.eval.runs import Run, choose
 from tokred.eval.vision import paired
-from tokred.eval.vqa_hosts import DTYPES, Answers
+from tokred.eval.vqa_hosts import DTYPES, Answers, generated
 from tokred.eval.vqa_metrics import Metric, gqa_answer, share
-from tokred.eval.vqa_rows import EvalRow, Wanted, make_rows
+from tokred.eval.vqa_rows import EvalRow, make_rows
 
 __all__ = ["Case", "LLMHost", "NeedleOptions", "haystack_cases", "load_llm", "run", "show"]
 
 BUNDLED = "needle-llm"
 BENCHMARKS = ("haystack", "longbench")
 #: lengths where none are given: of the bundled model, whose haystack has as many needles, and of others
-LENGTHS, OTHER_LENGTHS, NEEDLES = (128, 256, 512), (1000, 2000, 4000), 16
-DEFAULT_METHODS, LAYER = ("gemfilter", 64), 1  # of the bundled model, see `bench_needle`
+LENGTHS, OTHER_LENGTHS, NEEDLES, DEPTHS = (128, 256, 512), (1000, 2000, 4000), 16, 5
+DEFAULT_RUNS: tuple[Run, ...] = (("gemfilter", {"k": 64, "layer": 1}),)  # of the bundled model, see `bench_needle`
 NEEDLE = "The password of the old lighthouse is marmalade."
 QUESTION = "What is the password of the old lighthouse?"
 ANSWER = "marmalade"
@@ -64,8 +66,8 @@ class NeedleOptions:
 
     Attributes:
         benchmark: "haystack" or "longbench". model: "needle-llm" (bundled), a folder, or an id of the hub.
-        methods, budgets, settings: see `vqa_rows.make_rows`.
-        lengths: tokens of haystacks. depths: how many, evenly from 0 to 100 %. samples: prompts of a length and depth.
+        runs: methods with parameters; None is `DEFAULT_RUNS` with the bundled model, else none.
+        lengths: tokens of haystacks. depths: how many, evenly from 0 to 100 % (None: 5). samples: prompts of each.
         haystack: a text file or a folder of them. needle, question, answer: in place of ours.
         data, datasets, prompts, limit: see `longbench`. max_length: tokens of a prompt, longer ones lose their middle.
         chat: whether prompts are a turn of a conversation; None: haystacks, where the tokenizer has a template.
@@ -75,11 +77,9 @@ class NeedleOptions:
     out: Path
     benchmark: str = "haystack"
     model: str = BUNDLED
-    methods: Sequence[Wanted] | None = None
-    budgets: Sequence[float | int] = ()
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    runs: Sequence[Run] | None = None
     lengths: Sequence[int] | None = None
-    depths: int = 5
+    depths: int | None = None
     samples: int | None = None
     haystack: Path | None = None
     needle: str | None = None
@@ -111,12 +111,21 @@ class NeedleOptions:
         for length in self.lengths or ():
             if length < 32:
                 raise InvalidParameterError(f"--lengths {length}: expected at least 32 tokens")
+        for name in ("haystack", "needle"):
+            if self.model == BUNDLED and self.benchmark == "haystack" and getattr(self, name) is not None:
+                raise InvalidParameterError(f"--{name}: {BUNDLED} knows the words of its own haystacks alone")
+        if self.model == BUNDLED and self.chat:
+            raise InvalidParameterError(f"--chat: {BUNDLED} has been taught no conversations; leave it away")
+        if self.benchmark == "longbench" and self.data is None:
+            raise InvalidParameterError(
+                "--data is missing: LongBench's data folder (narrativeqa.jsonl ...) or one file"
+            )
         given = [name for name in ("needle", "question", "answer") if getattr(self, name) is not None]
         if given and len(given) < 3:
             raise InvalidParameterError(f"--{given[0]} goes with all of --needle, --question and --answer")
         foreign = {
             "haystack": ("data", "datasets", "prompts", "limit", "max_length"),
-            "longbench": ("lengths", "samples", "haystack", "needle"),
+            "longbench": ("lengths", "depths", "samples", "haystack", "needle"),
         }[self.benchmark]
         for name in foreign:
             if getattr(self, name):
@@ -196,36 +205,32 @@ class LLMHost:
         return inputs, inside & made["attention_mask"].bool()
 
     @torch.inference_mode()
-    def answer(self, cases: Sequence[Case], method: Method | None, tokens: int) -> Answers:
-        """Greedy answers under a method; what acts before a layer may drop the tokens of the long part."""
-        inputs, prunable = self.inputs(cases)
+    def answer(
+        self,
+        made: tuple[dict[str, Tensor], Tensor],
+        method: Method | None,
+        tokens: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> Answers:
+        """Greedy answers to what `inputs` made, under a method (`options`: of `patch`).
+
+        What acts before a layer may drop the tokens of the long part.
+        """
+        inputs, prunable = made
         with ExitStack() as stack:
             handle = None
             if method is not None:
-                handle = stack.enter_context(patch(self.model, method))
+                handle = stack.enter_context(patch(self.model, method, **(options or {})))
                 if isinstance(method, DecoderMethod):
                     stack.enter_context(handle.request(prunable=prunable.to(self.model.device)))
-            start = self._clock()
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=self.tokenizer.pad_token_id,
+            output, seconds = generated(
+                self.model, inputs, max_new_tokens=tokens, pad_token_id=self.tokenizer.pad_token_id
             )
-            seconds = self._clock() - start
             trace = None if handle is None else handle.trace
         new = output[:, inputs["input_ids"].shape[1] :]
         said = [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         found = tokens_read(trace, inputs["attention_mask"].bool().cpu(), self.model.config.num_hidden_layers)
         return Answers(said, seconds, found.left, found.mean)
-
-    def _clock(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
 
 
 def load_llm(name: str, device: torch.device | str = "cpu", dtype: str = "auto") -> LLMHost:
@@ -261,8 +266,8 @@ def load_llm(name: str, device: torch.device | str = "cpu", dtype: str = "auto")
 # -- haystacks ---------------------------------------------------------------------------------------------------------
 
 
-def haystack_cases(options: NeedleOptions, host: LLMHost) -> list[Case]:
-    """`samples` prompts for each length and depth."""
+def haystack_cases(options: NeedleOptions, host: LLMHost, text: str = "") -> list[Case]:
+    """`samples` prompts for each length and depth. `text`: the haystack; the bundled model has its own."""
     lengths = options.lengths or (LENGTHS if host.bundled else OTHER_LENGTHS)
     longest = getattr(host.model.config, "max_position_embeddings", None)
     tokens = options.tokens or (2 if host.bundled else 50)
@@ -272,13 +277,11 @@ def haystack_cases(options: NeedleOptions, host: LLMHost) -> list[Case]:
             raise InvalidParameterError(
                 f"--lengths {length}: {host.name} reads {longest} tokens, question and answer included"
             )
-    depths = [i / max(options.depths - 1, 1) for i in range(options.depths)]
+    count = options.depths or DEPTHS
+    depths = [i / max(count - 1, 1) for i in range(count)]
     if host.bundled:
-        for name in ("haystack", "needle"):
-            if getattr(options, name) is not None:
-                raise InvalidParameterError(f"--{name}: {BUNDLED} knows the words of its own haystacks alone")
         return _bundled_cases(lengths, depths, options.samples or 4, options.seed, tokens)
-    return _text_cases(options, host, lengths, depths, tokens)
+    return _text_cases(options, host, text, lengths, depths, tokens)
 
 
 def _depth_name(depth: float) -> str:
@@ -309,11 +312,11 @@ def _bundled_cases(lengths: Sequence[int], depths: Sequence[float], samples: int
 
 
 def _text_cases(
-    options: NeedleOptions, host: LLMHost, lengths: Sequence[int], depths: Sequence[float], tokens: int
+    options: NeedleOptions, host: LLMHost, text: str, lengths: Sequence[int], depths: Sequence[float], tokens: int
 ) -> list[Case]:
     """One needle in a text: each sample begins elsewhere in it."""
     needle, question = options.needle or NEEDLE, options.question or QUESTION
-    text = " ".join((_read_text(options.haystack) if options.haystack else _filler(options.seed)).split())
+    text = " ".join(text.split())
     most = max(lengths)
     places = _starts(host, text)
     while len(places) < 2 * most:  # a short text is read again from its beginning
@@ -376,14 +379,13 @@ def _filler(seed: int) -> str:
 # -- LongBench ---------------------------------------------------------------------------------------------------------
 
 
-def long_cases(options: NeedleOptions, host: LLMHost) -> list[Case]:
-    """LongBench's questions as prompts; a text that is too long loses its middle."""
-    if options.data is None:
-        raise InvalidParameterError("--data is missing: LongBench's data folder (narrativeqa.jsonl ...) or one file")
-    prompts = read_prompts(options.prompts) if options.prompts is not None else {}
+def long_cases(
+    options: NeedleOptions, host: LLMHost, questions: Sequence[LongQuestion], prompts: Mapping[str, str]
+) -> list[Case]:
+    """LongBench's questions as prompts (`prompts`: in place of ours); a text that is too long loses its middle."""
     longest = options.max_length or getattr(host.model.config, "max_position_embeddings", None)
     cases = []
-    for one in read_longbench(options.data, options.datasets, options.limit):
+    for one in questions:
         data = DATASETS[one.dataset]
         template = prompts.get(one.dataset, data.prompt)
         tokens = options.tokens or data.tokens
@@ -420,27 +422,26 @@ def run(options: NeedleOptions, progress: Progress) -> dict[str, Any] | None:
     """
     require("eval", "transformers", "tqdm", what="tokred eval needle")
     began = time.perf_counter()
+    if options.runs is None and options.model == BUNDLED:
+        options = dataclasses.replace(options, runs=DEFAULT_RUNS)
+    chosen = [choose(one) for one in options.runs or ()]
+    check_out(options.out)
+    cases_of = _cases(options)
     processes = join(options.device)
     host = load_llm(options.model, processes.device, options.dtype)
-    if options.methods is None and host.bundled:
-        name, budget = DEFAULT_METHODS
-        options = dataclasses.replace(
-            options,
-            methods=[Wanted(name)],
-            budgets=options.budgets or (budget,),
-            settings={name: {"layer": LAYER}, **options.settings},
-        )
     known = [name for name, fits in compatibility().items() if fits.get("transformers text")]
-    rows = make_rows(options.methods or (), options.budgets, options.settings, known)
+    rows = make_rows(chosen, known)
     for row in rows:
         if row.method is not None:
-            patch(host.model, row.method).remove()  # refused here rather than later
-    cases = long_cases(options, host) if options.benchmark == "longbench" else haystack_cases(options, host)
+            patch(host.model, row.method, **row.options).remove()  # refused here rather than later
+    cases = cases_of(host)
     if processes.first:
         claim(options.out, _settings(options, cases, host), options.fresh)
     processes.wait()
     batches = _batches(cases, options.batch)
-    _ask_all(host, rows, batches[processes.rank :: processes.count], options.out, processes.rank, progress)
+    clock = Clock()
+    with clock.running():
+        _ask_all(host, rows, batches[processes.rank :: processes.count], options.out, processes.rank, clock, progress)
     processes.wait()
     if not processes.first:
         processes.leave()
@@ -455,9 +456,21 @@ def run(options: NeedleOptions, progress: Progress) -> dict[str, Any] | None:
         "batch": options.batch,
         "processes": processes.count,
         "rows": _measured(options, host, rows, cases),
+        "time": clock.to_dict(),
         "files": {"results": str(options.out / "results.json"), "records": str(options.out / "records")},
     }
     return finish(processes, results, options.out, began)
+
+
+def _cases(options: NeedleOptions) -> Callable[[LLMHost], list[Case]]:
+    """What makes prompts for a model; the files are read at once, before one is loaded."""
+    if options.benchmark == "longbench":
+        assert options.data is not None
+        questions = read_longbench(options.data, options.datasets, options.limit)
+        prompts = read_prompts(options.prompts) if options.prompts is not None else {}
+        return lambda host: long_cases(options, host, questions, prompts)
+    text = _read_text(options.haystack) if options.haystack is not None else _filler(options.seed)
+    return lambda host: haystack_cases(options, host, text)
 
 
 def _settings(options: NeedleOptions, cases: Sequence[Case], host: LLMHost) -> dict[str, Any]:
@@ -468,6 +481,7 @@ def _settings(options: NeedleOptions, cases: Sequence[Case], host: LLMHost) -> d
         "model": options.model,
         "prompts": len(cases),
         "digest": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+        **identity(host.model, host.model.device, "transformers"),
         "batch": options.batch,
         "dtype": str(host.model.dtype),
     }
@@ -482,16 +496,27 @@ def _batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
 
 
 def _ask_all(
-    host: LLMHost, rows: Sequence[EvalRow], batches: Sequence[Sequence[Case]], out: Path, rank: int, progress: Progress
+    host: LLMHost,
+    rows: Sequence[EvalRow],
+    batches: Sequence[Sequence[Case]],
+    out: Path,
+    rank: int,
+    clock: Clock,
+    progress: Progress,
 ) -> None:
     kept = [Records(out, row.key, rank) for row in rows]
     progress.quiet = progress.quiet or rank > 0
     progress.start("answers", len(rows) * sum(map(len, batches)), "answers")
     try:
         for batch in batches:
+            inputs = None
             for row, records in zip(rows, kept, strict=True):
                 if not all(case.id in records for case in batch):
-                    answers = host.answer(batch, row.method, batch[0].tokens)
+                    if inputs is None:
+                        with clock.loading():
+                            inputs = host.inputs(batch)
+                    answers = host.answer(inputs, row.method, batch[0].tokens, row.options)
+                    clock.model += answers.seconds
                     said = zip(batch, answers.texts, answers.tokens, answers.read, strict=True)
                     records.append(
                         {"key": c.id, "answer": a, "tokens": t, "read": r, "seconds": answers.seconds / len(batch)}
@@ -606,8 +631,8 @@ _NEEDLE = {"llama-3.1-8b": {None: 84.1, 1024: 88.7}, "mistral-nemo": {None: 48.6
 def _reported(options: NeedleOptions, row: EvalRow, metrics: Mapping[str, Metric]) -> list[dict[str, Any]]:
     """What GemFilter's paper prints of this row, for the metrics at hand."""
     name = options.model.rstrip("/").rpartition("/")[2].lower()
-    asked = any(one.name == "gemfilter" for one in options.methods or ())
-    if row.described is not None and row.described["method"] != "gemfilter":
+    asked = any(name == "gemfilter" for name, _ in options.runs or ())
+    if row.described is not None and not (row.described["method"] == "gemfilter" and row.usual):
         return []
     if row.described is None and not asked:
         return []
@@ -637,14 +662,13 @@ def show(results: Mapping[str, Any]) -> str:
     """The table, with what its columns mean; of haystacks also each row's grid of lengths and depths."""
     names = list(results["rows"][0]["metrics"])
     main, further = names[0], names[1 : COLUMNS + 1]
-    header = ["method", "budget", "tokens", "read", f"{main} %", "vs unpatched", "same", *further, "s", "paper says"]
+    header = ["row", "tokens", "read", f"{main} %", "vs unpatched", "same", *further, "s", "paper says"]
     rows = []
     for row in results["rows"]:
         metrics = row["metrics"]
         rows.append(
             [
                 row["label"],
-                "" if row["level"] is None else f"{row['level']:g}",
                 f"{row['tokens']:.0f}",
                 f"{row['tokens_read']:.0f}",
                 percent(metrics[main]["value"], metrics[main]["se"]),
@@ -660,7 +684,7 @@ def show(results: Mapping[str, Any]) -> str:
         f"{results['model']} on {results['benchmark']}: {results['prompts']} prompts, greedy answers; "
         f"{machine['device']}, {machine['dtype'].removeprefix('torch.')}, torch {machine['torch']}"
     )
-    lines = [title, "", table(header, [rows]), "", *textwrap.wrap(LEGEND, 118)]
+    lines = [title, "", table(header, [rows]), "", *textwrap.wrap(LEGEND, 118), *spent(results["time"])]
     sources = dict.fromkeys(one["source"] for row in results["rows"] for one in row["reported"])
     if sources:
         lines += textwrap.wrap(f"paper says: {'; '.join(sources)}", 118)
@@ -669,7 +693,6 @@ def show(results: Mapping[str, Any]) -> str:
             grid = row["grid"]
             depths = list(next(iter(grid.values())))
             cells = [[length, *(f"{100 * by[depth]:.0f}" for depth in depths)] for length, by in grid.items()]
-            budget = "" if row["level"] is None else f" {row['level']:g}"
-            lines += ["", f"{row['label']}{budget}, by length and depth:"]
+            lines += ["", f"{row['label']}, by length and depth:"]
             lines.append(table(["tokens", *depths], [cells]))
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import torch
 
 from tokred.core.errors import InvalidParameterError
 from tokred.eval.bench import require
+from tokred.eval.hub import brief
 from tokred.eval.report import dumps
 
 __all__ = ["Processes", "finish", "join"]
@@ -76,5 +77,5 @@ def join(device: str | None = None) -> Processes:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidParameterError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise InvalidParameterError(f"--device {device}: {brief(error)}; expected cpu, cuda or cuda:N") from error
     return Processes(0, 1, found)

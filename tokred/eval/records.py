@@ -14,6 +14,7 @@ What was written before a kill stays: a line that was cut short is dropped, an i
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -22,12 +23,58 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor, nn
+
+from tokred import __version__
 from tokred.core.errors import InvalidParameterError
 
-__all__ = ["Key", "Records", "claim", "read"]
+__all__ = ["Key", "Records", "check_out", "claim", "digest", "identity", "read"]
 
 Key: TypeAlias = int | str
 FOLDER, SETTINGS = "records", "run.json"
+
+
+def identity(model: nn.Module, device: torch.device, *packages: str) -> dict[str, Any]:
+    """What of a model must not change while its answers are recorded: weights, kind of device, versions.
+
+    Args:
+        packages: that compute, besides torch.
+    """
+    versions = {"tokred": __version__, "torch": torch.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in packages}
+    return {"weights": digest(model), "device": device.type, "versions": versions}
+
+
+def digest(model: nn.Module) -> str:
+    """A short name of the weights: of names and shapes, all bits of each tensor added up, and 64 of its values."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)].double().cpu().numpy().tobytes()
+        found.update(f"{name} {tuple(tensor.shape)} {_sum(flat)}".encode() + some)
+    return found.hexdigest()[:16]
+
+
+def _sum(flat: Tensor) -> int:
+    """The values of a (N,) tensor as whole numbers of as many bits, added up modulo 2^64: one bit changes it."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(flat.contiguous().view(kinds[flat.element_size()]).sum(dtype=torch.int64)) if len(flat) else 0
+
+
+def check_out(out: Path) -> None:
+    """Say before a model is loaded that nothing can be written to `out`.
+
+    Raises:
+        InvalidParameterError: it is a file, or in a place where this user may not write.
+    """
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InvalidParameterError(f"--out {out}: {place} is a file, and records go into a folder; give another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InvalidParameterError(f"--out {out}: {place} cannot be written to; give a folder of yours")
 
 
 def claim(out: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
@@ -39,8 +86,7 @@ def claim(out: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
         InvalidParameterError: the folder holds another evaluation, or something that is not ours to overwrite.
     """
     path, wanted = out / SETTINGS, json.loads(json.dumps(settings))
-    if out.exists() and not out.is_dir():
-        raise InvalidParameterError(f"{out} is a file; records go into a folder")
+    check_out(out)
     if fresh:
         shutil.rmtree(out / FOLDER, ignore_errors=True)
         path.unlink(missing_ok=True)
@@ -58,7 +104,10 @@ def claim(out: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
                 "to begin anew"
             )
         return
-    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    try:
+        (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidParameterError(f"--out {out} cannot be made ({error.strerror}); give a folder of yours") from error
     half = path.with_suffix(".part")
     half.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     os.replace(half, path)

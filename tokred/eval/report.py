@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Curve",
+    "Look",
     "Panel",
+    "accuracy_figure",
     "accuracy_plot",
     "contact_sheet",
     "curves",
@@ -204,6 +206,24 @@ def curves(rows: Sequence[Mapping[str, Any]], cost: str) -> list[Curve]:
     ]
 
 
+@dataclass(frozen=True)
+class Look:
+    """How a plot is drawn.
+
+    Attributes:
+        ink, faint, grid: colours of writing and of what is unpatched, of small writing, of the grid.
+        styles: matplotlib's line properties of a curve, by its label; those of the others come one after the other.
+        size: inches. below: the legend stands below the axes, where it covers no point.
+    """
+
+    ink: str = _INK
+    faint: str = _FAINT
+    grid: str = "#e5e7eb"
+    styles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    size: tuple[float, float] = (8, 5)
+    below: bool = False
+
+
 def accuracy_plot(
     path: Path,
     curves: Sequence[Curve],
@@ -219,36 +239,59 @@ def accuracy_plot(
 
     `cost` and `of` name the axes, `whole` the point without reduction; `ticks` are marks of a logarithmic axis.
     """
+    figure = accuracy_figure(curves, unpatched, cost, f"accuracy on held-out {of}, %", whole, ticks)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    figure.axes[0].set_title(subtitle, loc="left", fontsize=9, color=_FAINT)
+    figure.savefig(path)
+
+
+def accuracy_figure(
+    curves: Sequence[Curve],
+    unpatched: tuple[float, float, float] | None,
+    cost: str,
+    accuracy: str,
+    whole: str = "unpatched",
+    ticks: Sequence[float] = (),
+    look: Look | None = None,
+) -> Any:
+    """The matplotlib figure of `accuracy_plot`, without a title; `cost` and `accuracy` name the axes.
+
+    Without `unpatched` the point and the band of the model as it is are left out.
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state, no screen
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    look = look or Look()
+    figure = Figure(figsize=look.size, dpi=150, layout="constrained")
     axes = figure.add_subplot()
     colours = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#6b7280", "#be185d", "#1e3a8a",
                "#78350f", "#4d7c0f", "#f472b6")  # fmt: skip
-    most, accuracy, error = unpatched
-    axes.axhspan(100 * (accuracy - error), 100 * (accuracy + error), color=_INK, alpha=0.08, lw=0)
-    axes.axhline(100 * accuracy, color=_INK, lw=1, ls=":")
-    axes.plot([most], [100 * accuracy], "s", color=_INK, ms=7, label=whole, zorder=4)
+    if unpatched is not None:
+        most, value, error = unpatched
+        error = error if math.isfinite(error) else 0
+        axes.axhspan(100 * (value - error), 100 * (value + error), color=look.ink, alpha=0.08, lw=0)
+        axes.axhline(100 * value, color=look.ink, lw=1, ls=":")
+        axes.plot([most], [100 * value], "s", color=look.ink, ms=7, label=whole, zorder=4)
     dashed = {"marker": "x", "ms": 6, "lw": 1.2, "ls": "--", "alpha": 0.65}
     for number, curve in enumerate(curves):
-        colour = colours[number % len(colours)]
+        own = look.styles.get(curve.label, {"color": colours[number % len(colours)]})
         style = dashed if curve.dashed else {"marker": "o", "ms": 6, "lw": 2}
-        _plot(axes, curve.points, color=colour, label=curve.label, **style)
+        _plot(axes, curve.points, label=curve.label, **{**style, **own})
         if curve.floor:
-            _plot(axes, curve.floor, color=colour, label=f"{curve.label}: random twin", **dashed)
+            _plot(axes, curve.floor, color=own["color"], label=f"{curve.label}: random twin", **dashed)
     if ticks:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
     axes.set_xlabel(cost)
-    axes.set_ylabel(f"accuracy on held-out {of}, %")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
-    axes.set_title(subtitle, loc="left", fontsize=9, color=_FAINT)
-    axes.grid(color="#e5e7eb", lw=0.8)
+    axes.set_ylabel(accuracy)
+    axes.grid(color=look.grid, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right" if len(curves) <= 8 else "best")
-    figure.savefig(path)
+    if look.below:
+        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    else:
+        axes.legend(frameon=False, fontsize=9, loc="lower right" if len(curves) <= 8 else "best")
+    return figure
 
 
 def _plot(axes: Any, points: Sequence[tuple[float, float, float]], **style: Any) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "Row",
     "ask",
     "cache_bytes",
+    "changed_settings",
     "check_methods",
     "choosers",
     "judged",
@@ -254,16 +255,26 @@ def settings(rows: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> lis
     """Lines that say which parameters of methods are not their defaults, budgets, seeds and those `told` apart."""
     changed: dict[str, None] = {}
     for row in rows:
-        if row["method"] is not None and row["method"]["method"] in registered():  # no control of the benchmark's own
-            method = from_dict(row["method"])
-            budget = budget_field(method.name)
-            names = [field.name for field in fields(method)]  # type: ignore[arg-type]
-            usual = type(method)(**{budget: getattr(method, budget)} if budget else {})
-            own = {key: getattr(method, key) for key in names if key not in ("seed", budget, *told)}
-            text = ", ".join(f"{key}={value!r}" for key, value in own.items() if value != getattr(usual, key))
-            label = row["label"] if row.get("inside") else method.title  # there may be several rows of a method
-            changed |= {f"{label}: {text}": None} if text else {}
+        text = changed_settings(row["method"], told)
+        if text:  # there may be several rows of a method inside
+            label = row["label"] if row.get("inside") else registered()[row["method"]["method"]].title
+            changed[f"{label}: {text}"] = None
     return textwrap.wrap(f"settings: {'; '.join(changed)}", 118) if changed else []
+
+
+def changed_settings(record: Mapping[str, Any] | None, told: Sequence[str] = ()) -> str:
+    """Parameters of a method's record that are not defaults, its budget, its seed and those `told` apart.
+
+    "" of an unreduced model and of the benchmark's own controls.
+    """
+    if record is None or record["method"] not in registered():
+        return ""
+    method = from_dict(record)
+    budget = budget_field(method.name)
+    names = [field.name for field in fields(method)]  # type: ignore[arg-type]
+    usual = type(method)(**{budget: getattr(method, budget)} if budget else {})
+    own = {key: getattr(method, key) for key in names if key not in ("seed", budget, *told)}
+    return ", ".join(f"{key}={value!r}" for key, value in own.items() if value != getattr(usual, key))
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from torch import Tensor
 from tokred.core.catalog import compatibility
 from tokred.core.errors import InvalidParameterError
 from tokred.eval.bench import Progress, require
-from tokred.eval.processes import finish, join
-from tokred.eval.records import Records, claim, read
+from tokred.eval.clock import Clock, spent
+from tokred.eval.processes import Processes, finish, join
+from tokred.eval.records import Records, check_out, claim, digest, identity, read
 from tokred.eval.report import percent, signed, table
+from tokred.eval.runs import Chosen, Run, choose
 from tokred.eval.vision import paired
 from tokred.eval.vqa_formats import BENCHMARKS, Question, Source, benchmark, read_questions
 from tokred.eval.vqa_hosts import BUNDLED, VLMHost, frame_scorer, load_vlm
@@ -47,13 +49,17 @@ from tokred.eval.vqa_metrics import (
     yes_no,
     yes_no_metrics,
 )
-from tokred.eval.vqa_rows import EvalRow, Wanted, make_rows, reported
+from tokred.eval.vqa_rows import EvalRow, make_rows, reported
 
 __all__ = ["VqaOptions", "judge", "run", "show", "summary"]
 
 DIGITS = "digits"
-#: questions of the bundled benchmark, methods where none are named, and their budget
-DIGIT_QUESTIONS, DIGIT_METHODS, DIGIT_BUDGET = 500, {"image": "hired,visionzip", "video": "quota,evs"}, 0.25
+#: questions of the bundled benchmark, and its methods where none are named
+DIGIT_QUESTIONS = 500
+DIGIT_RUNS: dict[str, tuple[Run, ...]] = {
+    "image": (("hired", {"budget": 0.25}), ("visionzip", {"budget": 0.25})),
+    "video": (("quota", {"budget": 0.25}), ("evs", {"budget": 0.25})),
+}
 #: frames of a bundled clip, of which a row is shown some
 CLIP_FRAMES = 64
 FRAMES = {DIGITS: 16}
@@ -73,7 +79,8 @@ class VqaOptions:
 
     Attributes:
         benchmark: by name, or "digits", bundled. source: its data, None for digits.
-        model: see `vqa_hosts.load_vlm`. methods, budgets, settings: see `vqa_rows.make_rows`.
+        model: see `vqa_hosts.load_vlm`. runs: methods with parameters; None is none, with
+            digits `DIGIT_RUNS`.
         batch: prompts of one `generate`. tokens: of an answer, at most. instruction: behind a question.
         prompt: template of prompts. frames: of a video. method_frames: that rows with a method see, None for as many.
         scorer: of frames, for QuoTA. seed: of random choices and of the bundled questions. out: folder.
@@ -84,9 +91,7 @@ class VqaOptions:
     out: Path
     model: str | None = None
     source: Source | None = None
-    methods: Sequence[Wanted] | None = None
-    budgets: Sequence[float | int] = ()
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    runs: Sequence[Run] | None = None
     batch: int = 8
     tokens: int | None = None
     instruction: str | None = None
@@ -120,6 +125,7 @@ class _Run:
     tokens: int
     frames: int
     method_frames: int
+    scorer: Any
     equal: bool
 
     def batches(self, size: int) -> list[list[Question]]:
@@ -143,16 +149,20 @@ def run(options: VqaOptions, progress: Progress) -> dict[str, Any] | None:
     require("eval", "transformers", "torchvision", "tqdm", what="tokred eval vqa")
     began = time.perf_counter()
     options, media = _settled(options)
+    chosen = [choose(one) for one in options.runs or ()]
+    check_out(options.out)
     title = "digits" if options.benchmark == DIGITS else benchmark(options.benchmark).title
     questions = _questions(options, media)
     processes = join(options.device)
     assert options.model is not None
     host = load_vlm(options.model, processes.device, options.dtype, options.prompt)
-    made = _prepared(options, host, media, questions)
+    made = _prepared(options, chosen, host, media, questions)
     if processes.first:
         claim(options.out, _settings(options, made), options.fresh)
     processes.wait()
-    _ask_all(made, options, processes, progress)
+    clock = Clock()
+    with clock.running():
+        _ask_all(made, options, processes, clock, progress)
     processes.wait()
     if not processes.first:
         processes.leave()
@@ -169,6 +179,7 @@ def run(options: VqaOptions, progress: Progress) -> dict[str, Any] | None:
         "batch": options.batch,
         "processes": processes.count,
         "rows": _measured(made, options),
+        "time": clock.to_dict(),
         "files": {"results": str(options.out / "results.json"), "records": str(options.out / "records")},
     }
     return finish(processes, results, options.out, began)
@@ -178,6 +189,7 @@ def _settled(options: VqaOptions) -> tuple[VqaOptions, str]:
     """The options with what was left to the benchmark, and "image" or "video"."""
     if options.benchmark != DIGITS:
         media = benchmark(options.benchmark).media
+        _check_frames(options, media)
         if options.source is None:
             raise InvalidParameterError(
                 f"--data is missing: {benchmark(options.benchmark).title} is read from "
@@ -190,27 +202,36 @@ def _settled(options: VqaOptions) -> tuple[VqaOptions, str]:
         raise InvalidParameterError("--data: the benchmark digits is bundled and reads none; leave it away")
     model = options.model or "digit-vlm"
     media = BUNDLED.get(model, "image")
-    methods, budgets = options.methods, options.budgets
-    if methods is None:
-        methods = [Wanted(name) for name in DIGIT_METHODS[media].split(",")]
-        budgets = budgets or (DIGIT_BUDGET,)
-    return dataclasses.replace(options, model=model, methods=methods, budgets=budgets), media
+    _check_frames(options, media)
+    runs = DIGIT_RUNS[media] if options.runs is None else options.runs
+    return dataclasses.replace(options, model=model, runs=runs), media
 
 
-def _prepared(options: VqaOptions, host: VLMHost, media: str, questions: Sequence[Question]) -> _Run:
+def _check_frames(options: VqaOptions, media: str) -> None:
+    for name in ("frames", "method_frames"):
+        if media != "video" and getattr(options, name) is not None:
+            raise InvalidParameterError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is of videos, and these questions are about "
+                "images; leave it away"
+            )
+
+
+def _prepared(
+    options: VqaOptions, chosen: Sequence[Chosen], host: VLMHost, media: str, questions: Sequence[Question]
+) -> _Run:
     """Refuse what does not fit before anything is measured."""
     if host.bundled and BUNDLED[host.name] != media and any(one.media is not None for one in questions):
         other = next(name for name, kind in BUNDLED.items() if kind == media)
         raise InvalidParameterError(f"{host.name} is not made for {media}s; the bundled model that is: {other}")
     known = [name for name, fits in compatibility().items() if fits.get("transformers multimodal")]
-    rows = make_rows(options.methods or (), options.budgets, options.settings, known)
+    rows, scorer = make_rows(chosen, known), None
     if any(row.described is not None and row.described["method"] == "quota" for row in rows):
         scorer = frame_scorer(options.scorer, host)
         rows = [_with_scorer(row, scorer) for row in rows]
     elif options.scorer is not None:
-        raise InvalidParameterError("--scorer is for QuoTA, which is not among --methods")
+        raise InvalidParameterError("--scorer is for QuoTA, which no --method names")
     for row in rows:
-        with host.under(row.method):
+        with host.under(row.method, options=row.options):
             pass
     found = BENCHMARKS.get(options.benchmark)
     instruction = options.instruction
@@ -226,6 +247,7 @@ def _prepared(options: VqaOptions, host: VLMHost, media: str, questions: Sequenc
         options.tokens or (found.tokens if found is not None else 3),
         frames,
         options.method_frames or frames,
+        scorer,
         options.scorer == "equal",
     )
 
@@ -234,7 +256,7 @@ def _with_scorer(row: EvalRow, scorer: Any) -> EvalRow:
     if row.described is None or row.described["method"] != "quota" or scorer is None:
         return row
     assert row.method is not None
-    return EvalRow(row.label, row.method.replace(scorer=scorer), row.level, row.described)
+    return dataclasses.replace(row, method=row.method.replace(scorer=scorer))
 
 
 def _questions(options: VqaOptions, media: str) -> list[Question]:
@@ -280,25 +302,25 @@ def _drawn(image: Tensor) -> Any:
 def _settings(options: VqaOptions, made: _Run) -> dict[str, Any]:
     """What must not change when a run goes on; rows may come and go."""
     told = [[one.id, one.text, list(one.answers)] for one in made.questions]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     return {
         "task": "vqa",
         "benchmark": options.benchmark,
         "model": options.model,
         "questions": len(made.questions),
-        "digest": digest,
+        "digest": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+        **identity(made.host.model, made.host.model.device, "transformers"),
         "batch": options.batch,
         "instruction": made.instruction,
         "prompt": options.prompt,
         "tokens": made.tokens,
         "frames": [made.frames, made.method_frames] if made.media == "video" else None,
-        "scorer": options.scorer,
+        "scorer": [options.scorer, None if made.scorer is None else digest(made.scorer.model)],
         "seed": options.seed,
         "dtype": str(made.host.model.dtype),
     }
 
 
-def _ask_all(made: _Run, options: VqaOptions, processes: Any, progress: Progress) -> None:
+def _ask_all(made: _Run, options: VqaOptions, processes: Processes, clock: Clock, progress: Progress) -> None:
     batches = list(enumerate(made.batches(options.batch)))[processes.rank :: processes.count]
     kept = [Records(options.out, row.key, processes.rank) for row in made.rows]
     progress.quiet = progress.quiet or not processes.first
@@ -312,7 +334,7 @@ def _ask_all(made: _Run, options: VqaOptions, processes: Any, progress: Progress
                 else:
                     waiting.append((row, records))
             if waiting:
-                _ask(made, number, batch, waiting, progress, options.seed)
+                _ask(made, number, batch, waiting, clock, progress, options.seed)
     finally:
         progress.stop()
         for records in kept:
@@ -324,6 +346,7 @@ def _ask(
     number: int,
     batch: Sequence[Question],
     waiting: Sequence[tuple[EvalRow, Records]],
+    clock: Clock,
     progress: Progress,
     seed: int,
 ) -> None:
@@ -333,11 +356,13 @@ def _ask(
     for row, records in waiting:
         count = made.frames_of(row)
         if count not in prepared:
-            prepared[count] = _inputs(made, batch, count)
+            with clock.loading():
+                prepared[count] = _inputs(made, batch, count)
         inputs, frame_counts = prepared[count]
         method = row.numbered(seed + number)
-        with host.under(method, asked, frame_counts, made.equal) as handle:
+        with host.under(method, asked, frame_counts, made.equal, row.options) as handle:
             answers = host.answer(inputs, made.tokens, handle)
+        clock.model += answers.seconds
         records.append(
             {"key": one.id, "answer": text, "tokens": tokens, "read": read, "seconds": answers.seconds / len(batch)}
             for one, text, tokens, read in zip(batch, answers.texts, answers.tokens, answers.read, strict=True)
@@ -435,10 +460,12 @@ def summary(
     if name == "pope":
         said, right_ones = [yes_no(answer) for answer in answers], [one.answers[0] for one in questions]
         found = yes_no_metrics(said, right_ones, groups)
-        for kind, rows in _split(questions).items():
-            own = yes_no_metrics([said[i] for i in rows], [right_ones[i] for i in rows], groups[rows])
-            found |= {f"{kind} {metric}": own[metric] for metric in ("F1", "accuracy")}
-        return found
+        files = {
+            kind: yes_no_metrics([said[i] for i in rows], [right_ones[i] for i in rows], groups[rows])
+            for kind, rows in _split(questions).items()
+        }
+        # F1 of each file first: tables have room for that
+        return found | {f"{kind} {metric}": own[metric] for metric in found for kind, own in files.items()}
     kinds = {kind: share(scores[rows], groups[rows]) for kind, rows in _split(questions).items()}
     whole = share(scores, groups)
     if name == "mlvu":
@@ -466,7 +493,7 @@ def _measured(made: _Run, options: VqaOptions) -> list[dict[str, Any]]:
     questions = [one for batch in made.batches(options.batch) for one in batch]
     shared = torch.arange(len(questions)) // options.batch
     groups = group_numbers([one.group or one.id for one in questions])
-    asked = [one.name for one in options.methods or ()]
+    asked = [name for name, _ in options.runs or ()]
     plain: list[dict[str, Any]] = []
     plain_scores = torch.empty(0)
     measured = []
@@ -513,7 +540,7 @@ def asdict_metric(metric: Metric) -> dict[str, Any]:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 #: further metrics that the table has room for; all are in results.json
-COLUMNS = 6
+COLUMNS = 7
 
 
 def show(results: Mapping[str, Any]) -> str:
@@ -521,13 +548,12 @@ def show(results: Mapping[str, Any]) -> str:
     first = results["rows"][0]
     names = [name for name in first["metrics"] if not name.endswith("accuracy+")]
     main, further = names[0], names[1 : COLUMNS + 1]
-    header = ["method", "budget", "tokens", "read", main, "vs unpatched", "same", *further, "s", "paper says"]
+    header = ["row", "tokens", "read", main, "vs unpatched", "same", *further, "s", "paper says"]
     rows = []
     for row in results["rows"]:
         rows.append(
             [
                 row["label"],
-                "" if row["level"] is None else f"{row['level']:g}",
                 f"{row['visual_tokens']:.0f}",
                 f"{row['tokens_read']:.0f}",
                 _shown(row["metrics"][main]),
@@ -544,7 +570,7 @@ def show(results: Mapping[str, Any]) -> str:
         title += f", {' or '.join(map(str, shown))} frames"
     machine = results["machine"]
     title += f"; {machine['device']}, {machine['dtype'].removeprefix('torch.')}, torch {machine['torch']}"
-    lines = [title, "", table(header, [rows]), "", *textwrap.wrap(LEGEND, 118)]
+    lines = [title, "", table(header, [rows]), "", *textwrap.wrap(LEGEND, 118), *spent(results["time"])]
     sources = dict.fromkeys(one["source"] for row in results["rows"] for one in row["reported"])
     if sources:
         lines += textwrap.wrap(f"paper says: {'; '.join(sources)}", 118)

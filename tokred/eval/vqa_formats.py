@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokred.core.errors import InvalidParameterError, TokredError, nearest
-from tokred.eval.hub import unreachable, what_to_do
+from tokred.eval.hub import brief, unreachable, what_to_do
 from tokred.eval.vqa_media import Picture, Video, find_picture, find_video
 
 __all__ = ["BENCHMARKS", "Benchmark", "DataFormatError", "Question", "Source", "benchmark", "read_questions"]
@@ -26,6 +26,10 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 class DataFormatError(TokredError, ValueError):
     """A file of a benchmark is not laid out as that benchmark's files are."""
+
+
+class _NothingError(DataFormatError):
+    """A folder has no file of rows in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +134,8 @@ class Row:
         """The picture in the row itself, else a file below --images."""
         inside = self.values.get("image")
         if inside is not None and not isinstance(inside, str):
+            if not (isinstance(inside, (bytes, Mapping)) or callable(inside) or hasattr(inside, "convert")):
+                raise DataFormatError(f"{self.where}: 'image' is {_shown(inside)}, expected a file's name or a picture")
             return Picture(f"the picture of {self.where}", _loader(inside, self.where))
         return find_picture(source.images, names or (self.text("image"),), self.where)
 
@@ -162,12 +168,17 @@ def _shown(value: Any) -> str:
 # -- rows of any benchmark ---------------------------------------------------------------------------------------------
 
 
+def read_text(path: Path, expected: str = "JSON in UTF-8") -> str:
+    """A file of text. `DataFormatError` says what was `expected` where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataFormatError(f"{path} is no text ({error}); expected {expected}") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file, or a list for JSON lines. `DataFormatError` with line and column."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataFormatError(f"{path} is no text ({error}); expected JSON in UTF-8") from error
+    text = read_text(path)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -178,16 +189,18 @@ def read_json(path: Path) -> Any:
 
 def json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, row) of each line that is not empty."""
-    with path.open(encoding="utf-8") as opened:
+    with path.open("rb") as opened:  # in lines, for LongBench's files are large
         for number, line in enumerate(opened, 1):
-            if not line.strip():
-                continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                text = line.decode("utf-8")
+                row = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise DataFormatError(f"{where} is no text ({error}); expected JSON in UTF-8") from error
             except json.JSONDecodeError as error:
                 raise DataFormatError(f"{where}: no JSON: column {error.colno}: {error.msg}") from error
-            yield where, _object(row, where)
+            if text.strip():
+                yield where, _object(row, where)
 
 
 def _object(row: Any, where: str) -> Mapping[str, Any]:
@@ -204,12 +217,13 @@ def table_rows(path: Path, source: Source) -> Iterator[tuple[str, Mapping[str, A
             return
         files = sorted(path.rglob("*.parquet"))
         if not files:
-            raise DataFormatError(
-                f"{path} holds neither parquet files nor a data set saved by `datasets`, and no file that this "
-                "benchmark names"
-            )
+            raise _NothingError(f"{path} holds neither parquet files nor a data set saved by `datasets`")
         wanted = [one for one in files if source.split is None or source.split in one.stem]
-        for one in wanted or files:
+        if not wanted:
+            raise InvalidParameterError(
+                f"--split {source.split}: no parquet file of {path} has that in its name; the first is {files[0].name}"
+            )
+        for one in wanted:
             yield from _parquet_rows(one)
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
@@ -241,7 +255,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         opened = parquet.ParquetFile(path)
     except Exception as error:
-        raise DataFormatError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
+        raise DataFormatError(f"{path} is no parquet file: {brief(error)}") from error
     number = 0
     for batch in opened.iter_batches(batch_size=64):
         for row in batch.to_pylist():
@@ -297,8 +311,8 @@ def _hub_rows(source: Source, hub: tuple[str, str | None, str] | None) -> Iterat
                 what_to_do(f"the data set {source.data}", "download its files and give --data PATH")
             ) from error
         raise DataFormatError(
-            f"--data {source.data}: neither a path here nor a data set that can be had ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); download its files and give --data PATH, or see "
+            f"--data {source.data}: neither a path here nor a data set that can be had ({brief(error)}); "
+            f"download its files and give --data PATH, or see "
             "--config and --split"
         ) from error
     yield from _dataset_rows(found, name)
@@ -313,6 +327,7 @@ def read_questions(name: str, source: Source) -> list[Question]:
     """
     found = benchmark(name)
     path = Path(source.data)
+    _check_options(name, found, source, path)
     if path.exists():
         rows = (found.rows or table_rows)(path, source)
     elif "/" in source.data and not source.data.startswith((".", "/", "~")) and source.data.count("/") == 1:
@@ -322,6 +337,41 @@ def read_questions(name: str, source: Source) -> list[Question]:
             f"--data {source.data} is not there; {found.title} is read from {found.files}"
             + (f", or a data set such as {found.hub[0]}" if found.hub else "")
         )
+    try:
+        questions = _asked(found, rows, source)
+    except _NothingError as error:
+        raise DataFormatError(f"{error}, and no file of {found.title}'s own: {found.files}") from error
+    if not questions:
+        raise DataFormatError(
+            f"--data {source.data}: no question of {found.title} is in it; it is read from {found.files}"
+        )
+    return questions
+
+
+def _check_options(name: str, found: Benchmark, source: Source, path: Path) -> None:
+    """Refuse an option that would be read by nobody."""
+    parts = name in ("scienceqa", "vqav2") or not path.exists() or _has_splits(path)
+    for option, given, wrong in (
+        ("--annotations", source.annotations, "of VQAv2" if name != "vqav2" else ""),
+        ("--subtitles", source.subtitles, "of Video-MME" if name != "videomme" else ""),
+        ("--images", source.images, "of benchmarks about images" if found.media != "image" else ""),
+        ("--videos", source.videos, "of benchmarks about videos" if found.media != "video" else ""),
+        ("--config", source.config, "of data sets of the hub" if path.exists() else ""),
+        ("--split", source.split, "" if parts else "of data sets"),
+    ):
+        if given is not None and wrong:
+            raise InvalidParameterError(
+                f"{option} {given} is {wrong}; {found.title} from {source.data} has none: leave it away"
+            )
+
+
+def _has_splits(path: Path) -> bool:
+    """Whether it is a folder that `datasets` saved, or one of parquet files."""
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return path.is_dir() and (saved or next(path.rglob("*.parquet"), None) is not None)
+
+
+def _asked(found: Benchmark, rows: Iterator[tuple[str, Mapping[str, Any]]], source: Source) -> list[Question]:
     questions: list[Question] = []
     seen: dict[str, str] = {}
     for where, values in rows:
@@ -334,8 +384,6 @@ def read_questions(name: str, source: Source) -> list[Question]:
         questions.append(question)
         if source.limit is not None and len(questions) >= source.limit:
             break
-    if not questions:
-        raise DataFormatError(f"--data {source.data}: no question of {found.title} is in it")
     return questions
 
 
@@ -460,7 +508,7 @@ def _pope_rows(path: Path, source: Source) -> Iterator[tuple[str, Mapping[str, A
             yield from table_rows(path, source)
             return
     for one in files:
-        by_line = one.suffix in (".json", ".jsonl") and not one.read_text(encoding="utf-8").lstrip().startswith("[")
+        by_line = one.suffix in (".json", ".jsonl") and not read_text(one).lstrip().startswith("[")
         rows = json_lines(one) if by_line else table_rows(one, source)
         for where, row in rows:
             yield where, {"category": one.stem.rpartition("_")[2], **row}
@@ -540,7 +588,7 @@ def _mme_rows(path: Path, source: Source) -> Iterator[tuple[str, Mapping[str, An
     for folder, files in told:
         for one in files:
             pictures = folder / "images" if one.parent.name == "questions_answers_YN" else folder
-            for number, line in enumerate(one.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(read_text(one, "lines of a question, a tab, and Yes or No").splitlines(), 1):
                 where = f"{one}, line {number}"
                 if not line.strip():
                     continue

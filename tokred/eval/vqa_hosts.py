@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from tokred.core.errors import InvalidParameterError
 from tokred.core.method import Method, VisualMethod
 from tokred.core.patch import Patch, patch
 from tokred.eval.bench import require
-from tokred.eval.hub import pretrained, unreachable, what_to_do
+from tokred.eval.hub import brief, pretrained, unreachable, what_to_do
 from tokred.eval.inside import tokens_read
 
-__all__ = ["BUNDLED", "Answers", "VLMHost", "frame_scorer", "load_vlm"]
+__all__ = ["BUNDLED", "Answers", "VLMHost", "frame_scorer", "generated", "load_vlm"]
 
 #: bundled models: what they are asked about, and their prompt
 BUNDLED = {"digit-vlm": "image", "digit-video-vlm": "video"}
@@ -38,6 +39,22 @@ class Answers(NamedTuple):
     seconds: float
     tokens: list[int]
     read: list[float]
+
+
+def generated(model: Any, inputs: Mapping[str, Any], **settings: Any) -> tuple[Tensor, float]:
+    """All that is the model's: the ids that `generate` returns, greedy unless told otherwise, and its seconds."""
+    settings = {"do_sample": False, **settings}
+    if not settings["do_sample"]:  # a checkpoint's own settings of sampling would be warned about
+        settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
+    start = _now(model.device)
+    output = model.generate(**inputs, **settings)
+    return output, _now(model.device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass(eq=False)
@@ -64,8 +81,9 @@ class VLMHost:
         """Whether videos go in as such; else their frames go in as images."""
         return "video" in self.parts.medias and getattr(self.processor, "video_processor", None) is not None
 
-    @property
+    @functools.cached_property
     def parts(self) -> Any:
+        """What the model's host says of its modules and placeholders."""
         from tokred.adapters.registry import find_host
 
         return find_host(self.model).parts  # type: ignore[attr-defined]
@@ -84,7 +102,7 @@ class VLMHost:
             return self.processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except Exception as error:
             raise InvalidParameterError(
-                f"the processor of {self.name} cannot write a prompt ({str(error).splitlines()[0]}); give one with "
+                f"the processor of {self.name} cannot write a prompt ({brief(error)}); give one with "
                 '--prompt, say "USER: {media}\\n{question} ASSISTANT:"'
             ) from error
 
@@ -115,32 +133,22 @@ class VLMHost:
             made = self.processor(text=list(prompts), return_tensors="pt", padding=True, **given)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise InvalidParameterError(
-                f"the processor of {self.name} does not take these prompts and pictures: {str(error).splitlines()[0]}"
+                f"the processor of {self.name} does not take these prompts and pictures: {brief(error)}"
             ) from error
         return made.to(self.model.device).to(self.model.dtype)
 
     @torch.inference_mode()
     def answer(self, inputs: Any, tokens: int, handle: Patch | None = None, **settings: Any) -> Answers:
         """Greedy answers of at most `tokens` tokens, and what they took."""
-        settings = {"do_sample": False, **settings}
-        if not settings["do_sample"]:  # a checkpoint's own settings of sampling would be warned about
-            settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token_id is not None:
             settings.setdefault("pad_token_id", tokenizer.pad_token_id)
-        start = self._clock()
-        output = self.model.generate(**inputs, max_new_tokens=tokens, **settings)
-        seconds = self._clock() - start
+        output, seconds = generated(self.model, inputs, max_new_tokens=tokens, **settings)
         new = output[:, inputs["input_ids"].shape[1] :]
         said = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
         trace = None if handle is None else handle.trace
         left, read = self._tokens(inputs["input_ids"], trace)
         return Answers(said, seconds, left, read)
-
-    def _clock(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
 
     def _tokens(self, ids: Tensor, trace: Any) -> tuple[list[int], list[float]]:
         ids = ids.cpu()
@@ -164,12 +172,17 @@ class VLMHost:
         questions: Sequence[str] = (),
         frame_counts: Sequence[int] = (),
         equal: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> Iterator[Patch | None]:
-        """The model under a method, which is told the questions; `equal`: and equal scores of all frames."""
+        """The model under a method, which is told the questions; `equal`: and equal scores of all frames.
+
+        `options`: of `patch`.
+        """
         if method is None:
             yield None
             return
-        with patch(self.model, method, processor=self.processor) as handle, contextlib.ExitStack() as given:
+        with contextlib.ExitStack() as given:
+            handle = given.enter_context(patch(self.model, method, processor=self.processor, **(options or {})))
             if isinstance(method, VisualMethod) and questions:
                 told: dict[str, Any] = {"query": list(questions)}
                 if equal and method.name == "quota" and frame_counts:
@@ -251,5 +264,5 @@ def frame_scorer(name: str | None, host: VLMHost) -> Any:
         if unreachable(error):
             raise InvalidParameterError(what_to_do(f"the scorer {name}", "give --scorer a folder with it")) from error
         raise InvalidParameterError(
-            f"--scorer {name}: expected equal, digit-clip, or a CLIP of transformers: {str(error).splitlines()[0]}"
+            f"--scorer {name}: expected equal, digit-clip, or a CLIP of transformers: {brief(error)}"
         ) from error

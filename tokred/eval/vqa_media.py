@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokred.core.errors import InvalidParameterError, TokredError
+from tokred.eval.hub import brief
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,7 @@ class Picture:
             return self.load().convert("RGB")
         except Exception as error:
             raise MediaError(
-                f"{self.name} cannot be read as a picture ({_short(error)}); put a whole copy there and run again: "
+                f"{self.name} cannot be read as a picture ({brief(error)}); put a whole copy there and run again: "
                 "answers so far are kept"
             ) from error
 
@@ -68,13 +69,9 @@ class Video:
             raise
         except Exception as error:
             raise MediaError(
-                f"{self.name} cannot be read as a video ({_short(error)}); put a whole copy there, or a folder of its "
+                f"{self.name} cannot be read as a video ({brief(error)}); put a whole copy there, or a folder of its "
                 "frames, and run again: answers so far are kept"
             ) from error
-
-
-def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _middles(total: int, count: int) -> list[int]:

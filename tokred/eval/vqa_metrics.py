@@ -74,15 +74,24 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 #: stems that take an ending with an apostrophe; left out are those that are words without it (its, were, wed, ill)
 _ENDINGS = {
     "n't": "ai are could did does do had has have is might must need ought should was were would",
-    "'ve": "could i might must should they we what where who would you",
-    "'re": "they you",
-    "'ll": "it that there they what who you",
-    "'d": "he how it there they what where who you",
+    "'ve": "could i might must not should they we what where who would you",
+    "'re": "there they what why you",
+    "'ll": "how it somebody someone something that there they what who why you",
+    "'d": "he how it someone something there they what where who you",
     "'s": "he how that there what when where who why somebody someone everyone",
+    "n't've": "could had might should would",
+    "'d've": "he i it she somebody someone something there they we who you",
 }
-_CONTRACTIONS = {
-    (stem + ending).replace("'", ""): stem + ending for ending, stems in _ENDINGS.items() for stem in stems.split()
-} | {"cant": "can't", "wont": "won't", "im": "i'm", "maam": "ma'am", "oclock": "o'clock", "yall": "y'all"}
+
+
+def _without_one(whole: str) -> set[str]:
+    """A contraction that lacks an apostrophe, or two."""
+    return {whole.replace("'", ""), *(whole[:i] + whole[i + 1 :] for i, letter in enumerate(whole) if letter == "'")}
+
+
+_WHOLE = {stem + ending for ending, stems in _ENDINGS.items() for stem in stems.split()}
+_WHOLE |= {"can't", "shan't", "won't", "i'm", "ma'am", "o'clock", "y'all", "'twas"}
+_CONTRACTIONS = {lacking: whole for whole in _WHOLE for lacking in _without_one(whole)}
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -183,15 +192,18 @@ def _without_letter(option: str) -> str:
 
 
 def anls(answer: str, expected: Sequence[str], threshold: float = 0.5) -> float:
-    """DocVQA: the best 1 - edit distance / longer length, 0 from a distance of `threshold` on; case is nothing."""
+    """DocVQA: the best 1 - edit distance / longer length, 0 where that is below `threshold`; case is nothing.
+
+    A similarity of the threshold itself counts, as in DocVQA's released evaluator; the paper's formula has it 0.
+    """
     said = " ".join(answer.lower().split())
     best = 0.0
     for one in expected:
         right = " ".join(one.lower().split())
         longest = max(len(said), len(right))
-        apart = levenshtein(said, right) / longest if longest else 0.0
-        best = max(best, 1 - apart if apart < threshold else 0.0)
-    return best
+        alike = 1 - levenshtein(said, right) / longest if longest else 1.0
+        best = max(best, alike)
+    return best if best >= threshold else 0.0
 
 
 def levenshtein(first: str, second: str) -> int:

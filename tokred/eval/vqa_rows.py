@@ -1,18 +1,19 @@
-"""Rows of an evaluation: methods at budgets, as they are written on a command line, and what papers say of them."""
+"""Rows of an evaluation of language models: methods, and what papers say of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from tokred.core.errors import InvalidParameterError, UnknownMethodError, nearest
-from tokred.core.method import Method, registered
+from tokred.core.errors import TokredError, UnknownMethodError
+from tokred.core.method import Method
+from tokred.eval.runs import Chosen, drawn, redrawn
 
-__all__ = ["EvalRow", "Wanted", "level_field", "make_rows", "parse_methods", "reported"]
+__all__ = ["EvalRow", "level_field", "make_rows", "reported"]
 
-#: the parameter that is the budget, where it is not called so
+#: the parameter that says how much is kept, where it is not called budget
 _LEVELS = {
     "corematching": "keep_tokens",
     "gemfilter": "k",
@@ -24,16 +25,8 @@ _LEVELS = {
 
 
 def level_field(name: str) -> str:
-    """The parameter of a method that its budget on the command line sets."""
+    """The parameter of a method that papers' tables vary."""
     return _LEVELS.get(name, "budget")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A method by name, with budgets of its own (none: those of the whole run)."""
-
-    name: str
-    levels: tuple[float | int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,92 +34,68 @@ class EvalRow:
     """One line of the table before it is measured.
 
     Attributes:
-        label: of the table. method: None is the model as it is. level: its budget, None without one.
-        described: the method in JSON types.
+        label: names it: the method and its parameters as they were given. method: None is the model as it is.
+        options: of `patch`. described: the method in JSON types.
     """
 
     label: str
     method: Method | None = None
-    level: float | int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     described: Mapping[str, Any] | None = None
+
+    @property
+    def level(self) -> float | int | None:
+        """The value of `level_field`; None where it has none, or no number."""
+        value = None if self.described is None else self.described.get(level_field(self.described["method"]))
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    @property
+    def usual(self) -> bool:
+        """Whether nothing but the level differs from the method's defaults, which are the papers'."""
+        if self.method is None or self.described is None:
+            return True
+        name = level_field(self.described["method"])
+        try:
+            other = type(self.method)(**({} if self.level is None else {name: self.level}))
+        except TokredError:  # a method without defaults, such as one that wants a schedule
+            return False
+        return not self.options and other.to_dict() == self.described
 
     @property
     def key(self) -> str:
         """The same for the same method with the same parameters; names the records."""
         if self.described is None:
             return "unpatched"
-        name = self.described["method"] + ("" if self.level is None else f" {self.level:g}")
-        return f"{name} {json.dumps(self.described, sort_keys=True)}"
+        level = "" if self.level is None else f" {self.level:g}"
+        return f"{self.described['method']}{level} {json.dumps([self.described, self.options], sort_keys=True)}"
 
     @property
     def random(self) -> bool:
         """Whether its choice is drawn anew for each batch."""
-        return self.described is not None and self.described["method"].startswith("random")
+        return drawn(self.method)
 
     def numbered(self, number: int) -> Method | None:
         """The method for batch `number`."""
-        if not self.random or self.method is None:
-            return self.method
-        return self.method.replace(seed=self.method.seed + number)  # type: ignore[attr-defined]
+        return None if self.method is None else redrawn(self.method, number)
 
 
-def parse_methods(text: str) -> list[Wanted]:
-    """``hired:0.2:0.4,gemfilter:1024,evs``: names, each with its own budgets where it has some.
-
-    Raises:
-        InvalidParameterError: a budget is no number.
-    """
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, *levels = part.split(":")
-        found.append(Wanted(name.strip().replace("-", "_"), tuple(parse_level(level) for level in levels)))
-    return found
-
-
-def parse_level(text: str) -> float | int:
-    """A count (192) or a fraction (0.2)."""
-    try:
-        return float(text) if any(letter in text for letter in ".eE") else int(text)
-    except ValueError:
-        raise InvalidParameterError(f"{text!r} is no budget; expected a fraction such as 0.2 or a count") from None
-
-
-def make_rows(
-    wanted: Sequence[Wanted],
-    budgets: Sequence[float | int],
-    settings: Mapping[str, Mapping[str, Any]],
-    known: Sequence[str],
-) -> list[EvalRow]:
-    """The unpatched row, then each method at each budget; a method without any budget has one row.
+def make_rows(chosen: Sequence[Chosen], known: Sequence[str]) -> list[EvalRow]:
+    """The unpatched row, then each method once.
 
     Args:
-        settings: {method: {parameter: value}}. known: names of the methods that fit the model.
+        known: names of the methods that fit the model.
 
     Raises:
-        UnknownMethodError: no such method here. InvalidParameterError, UnknownParameterError: of a method.
+        UnknownMethodError: one that does not.
     """
     rows, seen = [EvalRow("unpatched")], {"unpatched"}
-    for name in settings:
-        if name not in {one.name for one in wanted}:
-            raise InvalidParameterError(f"--set {name}...: it is not among --methods")
-    for one in wanted:
-        if one.name not in known:
-            what = "does not fit this model" if one.name in registered() else "is no method"
-            raise UnknownMethodError(
-                f"--methods {one.name} {what}{nearest(one.name, known)}; that fit: {', '.join(known)}"
-            )
-        own, kind = dict(settings.get(one.name, {})), registered()[one.name]
-        field = level_field(one.name)
-        fixed = field in own
-        if fixed and one.levels:
-            raise InvalidParameterError(f"--set {one.name}.{field} and --methods {one.name}:... say it twice")
-        levels: Sequence[float | int | None] = (own[field],) if fixed else (one.levels or budgets or (None,))
-        for level in levels:
-            method = kind(**own, **({} if level is None or fixed else {field: level}))  # type: ignore[call-arg]
-            row = EvalRow(method.title, method, level, method.to_dict())
-            if row.key not in seen:
-                rows.append(row)
-                seen.add(row.key)
+    for label, method, options in chosen:
+        if method.name not in known:
+            raise UnknownMethodError(f"--method {method.name} does not fit this model; that fit: {', '.join(known)}")
+        row = EvalRow(label, method, options, method.to_dict())
+        if row.key not in seen:
+            rows.append(row)
+            seen.add(row.key)
     return rows
 
 
@@ -225,7 +194,8 @@ def reported(model: str, benchmark: str, row: EvalRow, asked: Sequence[str] = ()
         if row.described is None:
             fits = budget is None and ((method == "*" and bool(asked)) or method in asked)
         else:
-            fits = method == row.described["method"] and budget is not None and _same(budget, row.level, family)
+            same = method == row.described["method"] and row.usual
+            fits = same and budget is not None and _same(budget, row.level, family)
         if fits:
             found.append({"value": numbers[benchmark], "source": source})
     return found

@@ -1,11 +1,11 @@
 """Autoregressive models over the ids of an image tokenizer, conditioned on a class or on a text.
 
-The generators of FlexTok (arXiv 2502.13967; structure of `shared/specs/flextok.md`, section 11): a causal transformer
-reads [SOS, id 1, id 2, ...] and gives the logits of the next id. `generate` is that of transformers: its search,
+The generators of FlexTok (arXiv 2502.13967; structure of the released classes): a causal transformer reads
+[SOS, id 1, id 2, ...] and gives the logits of the next id. `generate` is that of transformers: its search,
 sampling, caches and stopping act unchanged. Because the ids are ordered from coarse to fine, stopping after n of them
 gives an image of n tokens.
 
-Guidance (l_u + s (l_c - l_u), section 11) is part of the model, not a processor of logits: both branches run as one
+Guidance (l_u + s (l_c - l_u)) is part of the model, not a processor of logits: both branches run as one
 batch of 2 B rows inside, and each layer's cache holds them as twice the heads of B rows. So whatever transformers does
 to the cache of a row (reorder it for beams, repeat it, cut it) it does to both branches.
 
@@ -280,7 +280,7 @@ class FlexTokARBlock(GradientCheckpointingLayer):
 
 
 class FlexTokARModel(PreTrainedModel, GenerationMixin):
-    """A generator of image tokens (`shared/specs/flextok.md`, section 11).
+    """A generator of image tokens (FlexTok, arXiv 2502.13967; structure of the released classes).
 
     `generate(class_labels=..., max_new_tokens=n, guidance_scale=s, ...)` gives (B, 1 + n) ids, the first of which is
     SOS; `generate_tokens` is the short way to the ids alone. `from_official` reads the released layout.

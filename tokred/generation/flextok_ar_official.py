@@ -1,10 +1,10 @@
 """FlexTok's released autoregressive models: `model.safetensors` and `config.yaml` to and from `FlexTokARModel`.
 
-Names and structure are those of the class definitions (EPFL-VILAB/search-over-tokens on apple/ml-l3m; see
-`shared/specs/flextok.md`, section 11). The published `config.yaml` files could not be read when this was written
-(UNVERIFIED). So sizes, biases and norms of queries and keys are taken from the weights, and only what weights cannot
-tell (heads, kind and epsilon of norms) from the file, wherever in it the known option names stand; an option of the
-caller wins. Nothing is instantiated from the `_target_` names in it.
+Names and structure are those of the class definitions (EPFL-VILAB/search-over-tokens on apple/ml-l3m). The published
+`config.yaml` files could not be read when this was written (UNVERIFIED). So sizes, biases and norms of queries and keys
+are taken from the weights, and only what weights cannot tell (heads, kind and epsilon of norms) from the file, wherever
+in it the known option names stand; an option of the caller wins. Nothing is instantiated from the `_target_` names in
+it.
 """
 
 from __future__ import annotations

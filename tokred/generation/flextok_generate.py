@@ -1,6 +1,6 @@
 """From a class or a prompt to pictures: an autoregressive model draws ids, a tokenizer decodes them.
 
-The composition of `shared/specs/flextok.md`, section 11. The tokenizer may be any whose prefixes can be decoded.
+FlexTok, arXiv 2502.13967, and its released generators. The tokenizer may be any whose prefixes can be decoded.
 """
 
 from __future__ import annotations

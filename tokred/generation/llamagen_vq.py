@@ -2,7 +2,7 @@
 
 LlamaGen (FoundationVision/LlamaGen at ce98ec4, MIT) looks its codes up by cosine. Here the rows of the codebook are
 brought to length 1 at conversion: then the nearest row is the same one, whatever the length of the latent, and
-diffusers' model does the rest unchanged (`shared/specs/token_shuffle.md`, section 6).
+diffusers' model does the rest unchanged.
 """
 
 from __future__ import annotations

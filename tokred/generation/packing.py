@@ -1,6 +1,6 @@
 """Token files: the tokens of one picture on disc.
 
-Ids go into an `.ftk` file (`shared/specs/flextok.md`, section 9), all integers little-endian:
+Ids go into an `.ftk` file, a format of ours; all integers are little-endian:
 
 ====== ========= ===================================================================================================
 offset type      meaning
@@ -16,11 +16,10 @@ offset type      meaning
 ====== ========= ===================================================================================================
 
 Where a prefix of the tokens can be decoded alone, so can a file that was cut short: `allow_truncated=True` reads the
-ids that are whole. The specification fixes the 16 bytes, and bit packing for codebooks beyond 65536; flag 4 and the
-byte b are our way to tell it. Nothing in the file guards the ids themselves: a changed one decodes to another picture.
+ids that are whole. Codebooks beyond 65536 are always bit-packed. Nothing in the file guards the ids themselves: a
+changed one decodes to another picture.
 
-Latents go, as float16 and with the caption that decodes them, into a safetensors file (`shared/specs/textok.md`,
-section 6).
+Latents go, as float16 and with the caption that decodes them, into a safetensors file.
 """
 
 from __future__ import annotations

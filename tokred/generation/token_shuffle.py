@@ -3,8 +3,8 @@
 The vocabulary is text, then the K codes of an image tokenizer, then the marks of a picture's start and end (SOI, EOI).
 A picture stands in the sequence as SOI, m = H W / s^2 positions, EOI: each position is a window of s x s codes, put
 together before the transformer and taken apart after it. There is no released code and no released model: the
-structure is `shared/specs/token_shuffle.md`. The module must be trained; it makes no finished model faster, so it is no
-method of `tokred.patch`: `TokenShuffle.wrap` is the way in.
+structure is what descriptions of the paper say. The module must be trained; it makes no finished model faster, so it is
+no method of `tokred.patch`: `TokenShuffle.wrap` is the way in.
 
     base = AutoModelForCausalLM.from_pretrained("...")
     model = TokenShuffle.wrap(base, codebook_size=16384, window=2)    # its embeddings grow
@@ -205,7 +205,7 @@ class TokenShuffle(TokenShuffleGeneration, PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def init_from_table(self) -> None:
-        """Projections that lose least of the codes' embeddings (specification, section 4); the blocks are left alone.
+        """Projections that lose least of the codes' embeddings; the blocks are left alone.
 
         Raises:
             InvalidParameterError: projections of two layers, which cannot be set so.

@@ -1,6 +1,6 @@
 """Drawing pictures with Token-Shuffle: s^2 codes a step, through `generate` of transformers.
 
-`shared/specs/token_shuffle.md`, section 5. `generate` prepares cache, samplers and configuration as ever and calls a
+Token-Shuffle, arXiv 2504.17789. `generate` prepares cache, samplers and configuration as ever and calls a
 loop of ours (`custom_generate`): one call of the transformer for each of the m windows, the prompt's being the first.
 With guidance, B rows without prompt run beside the B rows with it.
 """

@@ -1,8 +1,9 @@
 """Parts of Token-Shuffle that know no language model: windows of codes, the two operators, guidance, 2-D positions.
 
-Token-Shuffle, arXiv 2504.17789; there is no released code, so what follows is `shared/specs/token_shuffle.md`, sections
-2 to 5, whose UNVERIFIED points are options here. The operation is space-to-depth: s x s codes share one position of the
-transformer. Codes are not permuted anywhere.
+Token-Shuffle, arXiv 2504.17789. There is no released code, and the paper's text could not be read when this was
+written: what follows is what its abstract and descriptions of it say, and what they leave open (UNVERIFIED) is an
+option. The operation is space-to-depth: s x s codes share one position of the transformer. Codes are not permuted
+anywhere.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _blocks(dim: int, count: int, ratio: float, eps: float) -> nn.ModuleList:
 
 
 class Shuffle(nn.Module):
-    """s^2 embeddings of width d as one: (..., s^2, d) -> (..., d). Specification, section 2.
+    """s^2 embeddings of width d as one: (..., s^2, d) -> (..., d): the token-shuffle operator.
 
     Args:
         dim: d. window: s. num_blocks: MLP blocks after the projection. mlp_ratio: their hidden width / d.
@@ -199,7 +200,7 @@ def principal_basis(table: Tensor, rank: int) -> Tensor:
 def redundancy(table: Tensor, ranks: Sequence[int] | None = None) -> dict[int, float]:
     """Relative error of a table of embeddings (K, d) at the best rank r: sqrt(sum_{i > r} sigma_i^2 / sum sigma_i^2).
 
-    The share of visual embeddings that a shuffle of compression r loses before any training (specification, section 4).
+    The share of visual embeddings that a shuffle of compression r loses before any training.
 
     Args:
         ranks: None is d/2, d/4, d/8, d/16.

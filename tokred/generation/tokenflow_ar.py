@@ -1,6 +1,6 @@
 """TokenFlow's generator: a language model that writes the codes of a picture scale by scale, from coarse to fine.
 
-Qu et al., TokenFlow, arXiv 2412.03069, and the released code; structure of `shared/specs/tokenflow.md`, section 7.
+Qu et al., TokenFlow, arXiv 2412.03069, and the released code, which is followed where they differ.
 After a prompt, one pass of the model gives all codes of the next scale at once: the last word of the prompt predicts
 the 1x1 scale, and what is read at the places of scale k is the sum of the scales before it, resized to s_k x s_k and
 projected. Attention is causal, and free inside a scale.
@@ -114,7 +114,7 @@ class TokenFlowARConfig(Exaone4Config):
 
 
 def _resized(sums: Tensor, side: int) -> Tensor:
-    """A running sum (B, D, s, s) at the next scale, F_k of the specification: (B, D, side, side)."""
+    """A running sum (B, D, s, s) at the next scale, F_k: (B, D, side, side)."""
     return F.interpolate(sums, (side, side), mode="bicubic", align_corners=False)
 
 
@@ -141,7 +141,7 @@ def _sums(codes: Tensor, scales: Sequence[int], lookup: Lookup) -> Iterator[tupl
 def next_scale_features(codes: Tensor, scales: Sequence[int], lookup: Lookup, refined: int | None = None) -> Tensor:
     """What the model reads for the scales after the first: (B, n, D) float, scale by scale.
 
-    The running sum is resized from each scale to the next (specification, section 7): that is not the resized sum of
+    The running sum is resized from each scale to the next, as released: that is not the resized sum of
     the decoder.
 
     Args:
@@ -195,7 +195,7 @@ def visible_positions(text_mask: Tensor, levels: Sequence[int], tail: int = 0) -
 
 
 class TokenFlowARModel(Exaone4ForCausalLM):
-    """Codes of pictures from prompts (`shared/specs/tokenflow.md`, section 7).
+    """Codes of pictures from prompts, all of the next scale in one pass (TokenFlow, arXiv 2412.03069).
 
     `generate` draws codes (B, N); `forward` is the pass of training, with the loss. A prompt is any text: for a class
     it is the word of the class. `from_official` reads the released layout.

@@ -1,9 +1,9 @@
 """TokenFlow's released text-to-image model: its weight shards to and from `TokenFlowARModel`.
 
-Names are those of the class definitions (ByteVisionLab/TokenFlow; `shared/specs/tokenflow.md`, sections 9 and 10). The
-released files themselves could not be opened when this was written (UNVERIFIED). Sizes are taken from the weights, the
-epsilon of norms, the base of the rotary embedding and the padding id from `config.json`; what neither tells (the sides
-of the scales) is an option. The tokenizer is not among these files.
+Names are those of the class definitions (ByteVisionLab/TokenFlow). The released files themselves could not be opened
+when this was written (UNVERIFIED). Sizes are taken from the weights, the epsilon of norms, the base of the rotary
+embedding and the padding id from `config.json`; what neither tells (the sides of the scales) is an option. The
+tokenizer is not among these files.
 """
 
 from __future__ import annotations

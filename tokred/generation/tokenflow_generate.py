@@ -1,6 +1,6 @@
 """From a prompt or a class to pictures: TokenFlow's generator draws codes scale by scale, its tokenizer decodes them.
 
-The composition of `shared/specs/tokenflow.md`, section 7.
+TokenFlow, arXiv 2412.03069, section 4.4 (sampling), and the released code, which is followed where they differ.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TokenFlow as the vision tower of transformers' LLaVA: a language model that reads a picture's codes.
 
-`shared/specs/tokenflow.md`, section 6. The tower encodes pictures, looks the codes up, and gives their features; the
-projector and the language model are `LlavaForConditionalGeneration`'s own, and so are `generate`, saving and loading.
-Importing this module registers the tower with `AutoConfig` and `AutoModel`::
+TokenFlow, arXiv 2412.03069, Table 8 and the released code. The tower encodes pictures, looks the codes up, and gives
+their features; the projector and the language model are `LlavaForConditionalGeneration`'s own, and so are `generate`,
+saving and loading. Importing this module registers the tower with `AutoConfig` and `AutoModel`::
 
     model = build_llava(tokenizer, text_config, image_token_id=..., feature_mode="last")
     processor = build_processor(model.config, text_tokenizer)

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokred.core.errors import InvalidParameterError, UnsupportedGenerationError
-from tokred.core.method import resolve
+from tokred.eval.runs import choose
 from tokred.eval.vqa_media import MediaError, Video
 from tokred.integrations import NAME
 
 if TYPE_CHECKING:
+    from tokred.core.method import Method
     from tokred.eval.vqa_hosts import VLMHost
 
     Base: Any = object
@@ -38,8 +39,8 @@ class TokredHF(Base):
 
     Args:
         pretrained: an id of the hub, a folder, digit-vlm or digit-video-vlm.
-        method: by name, see ``tokred list``; None is the model as it is. parameters: of the method, and what
-            lmms-eval adds by itself is left aside.
+        method: by name, see ``tokred list``; None is the model as it is. parameters: of the method and of
+            `tokred.patch`; what lmms-eval adds by itself is left aside.
         batch_size: prompts of one `generate`. device, dtype, prompt: see `tokred.eval.vqa_hosts.load_vlm`.
         max_num_frames: of a video. scorer: of frames, for QuoTA, see `tokred.eval.vqa_hosts.frame_scorer`.
         system_prompt: put before every conversation.
@@ -72,7 +73,10 @@ class TokredHF(Base):
                 f"{next(iter(parameters))}={next(iter(parameters.values()))!r} is a parameter of a method; name one "
                 "with method=..., see: tokred list"
             )
-        chosen = None if method is None else resolve(str(method).replace("-", "_"), parameters)[0]
+        chosen: Method | None = None
+        self.options: dict[str, Any] = {}
+        if method is not None:
+            _, chosen, self.options = choose((str(method).replace("-", "_"), parameters))
         processes = join(None if device is None else str(device))
         self._rank, self._world_size = processes.rank, processes.count
         self.host: VLMHost = load_vlm(pretrained, processes.device, dtype, prompt)
@@ -81,7 +85,7 @@ class TokredHF(Base):
         self.method = chosen
         self.batch_size = int(batch_size)
         self.frames, self.equal, self.system_prompt = int(max_num_frames), scorer == "equal", system_prompt
-        with self.host.under(self.method):
+        with self.host.under(self.method, options=self.options):
             pass  # a method that does not fit is refused here
 
     @property
@@ -158,7 +162,7 @@ class TokredHF(Base):
         )
         counts = [len(video) for one in batch for video in one.videos]
         tokens, stops, settings = _generation(given)
-        with self.host.under(self.method, [one.question for one in batch], counts, self.equal) as handle:
+        with self.host.under(self.method, [one.question for one in batch], counts, self.equal, self.options) as handle:
             texts = self.host.answer(inputs, tokens, handle, **settings).texts
         return [_cut(text, stops) for text in texts]
 

@@ -42,7 +42,7 @@ def _gather(x: Tensor, indices: Tensor) -> Tensor:
     if batch > 1 and x.stride(0) != tokens * x.stride(1):
         # Batch and token dimensions are not one: flattening would copy all of x, to keep K rows of it.
         return x[torch.arange(batch, device=x.device)[:, None], indices]
-    # The fastest of five ways on the CPU (findings, section 10.1): python benchmarks/ops.py gather
+    # The fastest of five ways on the CPU: python benchmarks/ops.py gather
     flat = indices + torch.arange(batch, device=x.device)[:, None] * tokens
     return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, indices.shape)
 

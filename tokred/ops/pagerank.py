@@ -75,7 +75,7 @@ def _page_rank(
     scores = starting_scores(start, alive, heads, dtype).contiguous()
     if iterations == 0 or scores.numel() == 0:
         return scores
-    # Restriction by masking the vectors, not by gathering N x N numbers (specification, section 6).
+    # Restriction by masking the vectors, not by gathering N x N numbers (the same result).
     mask = scores.new_ones(batch, 1, tokens) if alive is None else alive[:, None].to(dtype)
     teleport = mask * (damping / mask.sum(-1, keepdim=True).clamp_min(1))
     # An early stop looks at the whole call, so it needs all scores in step.

@@ -12,7 +12,7 @@ def rank(scores: Tensor, descending: bool = True) -> Tensor:
     """Positions (B, n) int64 in order of their score; ties to the lower position, NaN last in both directions.
 
     ``scores``: (B, n), floating or integer. ``torch.topk`` is not used because its choice among equal scores may differ
-    from call to call (findings, section 1).
+    from call to call.
     """
     check_rank("scores", scores, 2, "(B, n)")
     scores = scores.detach()

@@ -27,8 +27,9 @@ def encode(model: nn.Module, inputs: Mapping[str, Any], method: object, **option
             ``frames=``, ``frame_scores=`` of `Patch.request`.
 
     Raises:
-        RequestError (ValueError): there is nothing to encode. UnsupportedModelError (TypeError): embeddings alone
-        cannot carry the prompt (Qwen3-VL), or no host. And what `tokred.patch` raises.
+        RequestError: there is nothing to encode.
+        UnsupportedModelError: embeddings alone cannot carry the prompt (Qwen3-VL), or no host. And what `tokred.patch`
+            raises.
     """
     given = {name: options.pop(name) for name in ("query", "frames", "frame_scores") if name in options}
     with patch(model, method, **options) as made:

@@ -139,7 +139,7 @@ def hired_mask(importance: Tensor, budgets: Tensor, visible: Tensor | None = Non
 def official_order(layout: MediaLayout) -> tuple[int, ...]:
     """Cells in the order of the released packing: (rows, columns) of the mosaic swapped, then unpadded.
 
-    Harmless for square mosaics; for others, tiles are scrambled and most of their cells are cut (hired.md section 3).
+    Harmless for square mosaics; for others, tiles are scrambled and most of their cells are cut.
     """
     assert layout.mosaic is not None
     assert layout.overview is not None
@@ -174,7 +174,8 @@ class HiRED(VisualMethod):
         official: the released code: score="count", regions="strips", float32 budgets, the mosaic's rows and columns
             swapped when tokens are packed, and in a batch of one-tile images everywhere the mask of the first.
         score: of the content of tiles: "mass" (paper, equation 1) adds up attention, "count" counts the top
-            `count_m` cells of the overview (None is ``int(N (1 - alpha))``). None is the preset's.
+            `count_m` cells of the overview. None is the preset's.
+        count_m: cells of the overview whose attention counts for score="count"; None is ``int(N (1 - alpha))``.
         regions: cells of the overview that stand for a tile: "grid2d" (paper) or "strips". None is the preset's.
         init_layer, final_layer: 0-based tower layers of the content score and of the importance (equation 2); None is
             the last layer that contributes to the features.

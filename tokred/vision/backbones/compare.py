@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from tokred.data.scenes import DigitScenes, normalize
 from tokred.eval.cost import MATCHED, match_cost
 from tokred.eval.report import dumps, percent, signed, table
 from tokred.eval.speed import pairs, ratio
-from tokred.eval.vision import Pass, mean, measure, paired
+from tokred.eval.vision import Pass, mean, measure, paired, side_by_side
 from tokred.vision.backbones.trained import grid_name, load_trained, parse_grids
 from tokred.zoo.digit_backbones import FOLDER as BUNDLED
 from tokred.zoo.digit_backbones import bundled_runs
@@ -98,6 +98,7 @@ def compare(
     grids: Sequence[tuple[int, int]] | None = None,
     batch: int = 16,
     rounds: int = 7,
+    workers: int = 1,
     progress: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure every row; JSON types.
@@ -106,14 +107,20 @@ def compare(
         folders: of finished runs on scenes. scenes, split, seed: the held-out scenes.
         methods: of `tokred.eval.cost.MATCHED`, the bundled ViT's patched forms; () is none.
         grids: of every LookupViT; None is those that each was trained at.
-        batch, rounds: of the timing.
+        batch, rounds: of the timing. workers: rows whose accuracy is measured side by side, in threads.
         progress: called with a line of text as the work goes on.
 
     Raises:
         InvalidParameterError: a folder holds no finished run or one on other data; a number outside its range.
         UnknownMethodError: a method cannot be set to a cost.
     """
-    for name, value, least in (("scenes", scenes, 2), ("seed", seed, 0), ("batch", batch, 1), ("rounds", rounds, 1)):
+    for name, value, least in (
+        ("scenes", scenes, 2),
+        ("seed", seed, 0),
+        ("batch", batch, 1),
+        ("rounds", rounds, 1),
+        ("workers", workers, 1),
+    ):
         check_count(name, value, least)
     check_choice("split", split, ("test", "val"))
     for method in methods:
@@ -123,10 +130,14 @@ def compare(
     groups, left_out = _groups(folders, methods, grids)
     drawn = DigitScenes(split, seed).render(scenes)
     rows = [row for group in groups for row in group]
-    hits: list[Tensor] = []
-    for number, row in enumerate(rows):
+
+    def hit(_: None, job: tuple[int, _Row]) -> Tensor:
+        number, row = job
         progress(f"{number + 1}/{len(rows)} accuracy of {row.label} {row.setting}")
-        hits += measure(row.ready(), [Pass(row.method)], drawn.images, drawn.labels, normalize)
+        own = replace(row, model=copy.deepcopy(row.model))  # rows share models, whose grid is theirs to set
+        return measure(own.ready(), [Pass(row.method)], drawn.images, drawn.labels, normalize)[0]
+
+    hits = side_by_side(None, hit, list(enumerate(rows)), workers)
     progress(f"speed, {rounds} rounds of {len(rows)} rows")
     times = _times(rows, normalize(drawn.images[:batch]), rounds)
     found = [_result(row, hits[i], hits[0], times[i], min(batch, scenes), i == 0) for i, row in enumerate(rows)]
@@ -223,6 +234,7 @@ def _result(
     return {
         "model": row.label,
         "setting": row.setting,
+        "method": row.method.to_dict() if row.method is not None else None,
         "folder": row.source,
         "parameters": row.parameters,
         "gmacs": row.gmacs,

@@ -25,7 +25,7 @@ from tokred.core.errors import InvalidParameterError
 
 __all__ = ["BiDimMlp", "DualTokenBlock", "DualTokenStage", "Merge", "Stem", "Switches"]
 
-#: halvings from the map of a stage to the grid of global tokens: 28 -> 7, 14 -> 7, 7 (section 3, step 2 of our spec)
+#: halvings from the map of a stage to the grid of global tokens: 28 -> 7, 14 -> 7, 7 (step 2 of the block)
 HALVINGS = (2, 1, 0)
 CHOICES = {
     "g_mlp": ("mix", "mlp"),
@@ -169,7 +169,7 @@ def hidden_width(field: str, dim: int, ratio: float) -> int:
     return int(dim * ratio)
 
 
-# -- LightViT's pieces (section 2 of our spec) -----------------------------------------------------------------------
+# -- LightViT's pieces -----------------------------------------------------------------------------------------------
 
 
 class Stem(nn.Module):
@@ -258,7 +258,7 @@ class BiDimMlp(nn.Module):
         return self.attn(self.fc2(F.gelu(self.fc1(x))))
 
 
-# -- the Dual Token Block (section 3 of our spec) --------------------------------------------------------------------
+# -- the Dual Token Block --------------------------------------------------------------------------------------------
 
 
 class ConvEncoder(nn.Module):
