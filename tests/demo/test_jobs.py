@@ -88,7 +88,7 @@ def test_hub_unreachable(shelves, monkeypatch, kind, name):
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("tokred.demo.models.getproxies", dict)
+    monkeypatch.setattr("tokred.eval.hub.getproxies", dict)
     began = time.perf_counter()
     shelf = getattr(shelves, kind)
     with (

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from tokred.core.errors import InvalidParameterError, TokredError
 from tokred.demo import codes
@@ -27,31 +23,7 @@ VLMS = tuple(name for name, media in BUNDLED_VLMS.items() if media == "image")
 VIDEO_MODELS = tuple(name for name, media in BUNDLED_VLMS.items() if media == "video")
 LLMS = ("needle-llm",)
 
-PATIENCE = 4  # seconds in which the hub has to answer
-
 T = TypeVar("T")
-
-
-@contextmanager
-def impatient() -> Iterator[None]:
-    """Inside, the hub is given up at once if nothing listens there: its client would try again for a minute.
-
-    Where requests go through a proxy nothing is changed.
-    """
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    if not offline and not getproxies():
-        place = urlsplit(constants.ENDPOINT)
-        try:
-            port = place.port or (80 if place.scheme == "http" else 443)
-            socket.create_connection((place.hostname, port), timeout=PATIENCE).close()
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
 
 
 class Shelf(Generic[T]):
@@ -89,8 +61,7 @@ class Shelf(Generic[T]):
         if name not in self.bundled:
             self._other = None  # its memory is needed
         try:
-            with contextlib.nullcontext() if name in self.bundled else impatient():
-                model = self._load(name)
+            model = self._load(name)
         except TokredError as error:
             if unreachable(error.__cause__ or error):
                 local = f"take a bundled model: {', '.join(self.bundled)}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokred.core.errors import InvalidParameterError, MissingWeightsError, nearest
 from tokred.eval.bench import require
-from tokred.eval.hub import brief, unreachable, what_to_do
+from tokred.eval.hub import brief, impatient, unreachable, what_to_do
 from tokred.eval.records import digest
 
 if TYPE_CHECKING:
@@ -203,10 +203,11 @@ def _transformers(choice: Choice) -> Classifier:
 
     source = choice.name.removeprefix("hf:")
     try:
-        model, loaded = AutoModelForImageClassification.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
-        processor = AutoImageProcessor.from_pretrained(source)
+        with impatient(source):
+            model, loaded = AutoModelForImageClassification.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True
+            )
+            processor = AutoImageProcessor.from_pretrained(source)
     except Exception as error:
         if not Path(source).exists() and unreachable(error):
             raise MissingWeightsError(what_to_do(f"the model {source!r}", "give hf:<folder>")) from error
@@ -256,7 +257,7 @@ def _open_clip(choice: Choice, device: torch.device, cache: Path | None) -> Clas
                 f"openclip:{name}/WEIGHTS with a file or one of: {', '.join(tags) or 'none released'}"
             )
     try:
-        with _silent():
+        with _silent(), impatient(tag or given):
             clip, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from tokred.core.errors import InvalidParameterError, nearest
 
-__all__ = ["brief", "pretrained", "unreachable", "what_to_do"]
+__all__ = ["brief", "impatient", "pretrained", "unreachable", "what_to_do"]
+
+PATIENCE = 4  # seconds in which the hub has to answer
 
 #: classes by name: huggingface_hub, requests, httpx, urllib3, urllib and datasets have their own
 _SIGNS = {
@@ -72,9 +78,35 @@ def pretrained(name: str, readers: Sequence[Any], bundled: Sequence[str], what: 
         )
     model_reader, other_reader = readers
     try:
-        other = other_reader.from_pretrained(name)
-        return model_reader.from_pretrained(name, dtype=dtype).eval(), other
+        with impatient(name):
+            other = other_reader.from_pretrained(name)
+            return model_reader.from_pretrained(name, dtype=dtype).eval(), other
     except Exception as error:
         if unreachable(error):
             raise InvalidParameterError(what_to_do(f"the model {name}", "give --model a folder with it")) from error
         raise InvalidParameterError(f"--model {name} cannot be loaded as a {what}: {brief(error)}") from error
+
+
+@contextmanager
+def impatient(name: str) -> Iterator[None]:
+    """Inside, the hub is given up at once if nothing listens there: its client would try again for a minute.
+
+    Nothing is changed where `name` is a folder or file, or where requests go through a proxy.
+    """
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # then nothing asks the hub
+        yield
+        return
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and not getproxies() and not Path(name).exists():
+        place = urlsplit(constants.ENDPOINT)
+        try:
+            port = place.port or (80 if place.scheme == "http" else 443)
+            socket.create_connection((place.hostname, port), timeout=PATIENCE).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokred.core.flops import flops
 from tokred.core.patch import Patch, patch
 from tokred.core.trace import Trace
 from tokred.eval.bench import require
+from tokred.eval.hub import impatient, unreachable, what_to_do
 from tokred.eval.report import Panel, contact_sheet
 
 if TYPE_CHECKING:
@@ -128,8 +130,12 @@ def _timm(name: str, pretrained: bool, checkpoint: Path | None, image_size: int 
     torch.manual_seed(0)  # random weights are the same ones every time
     size = {} if image_size is None else {"img_size": image_size}
     try:
-        model = timm.create_model(name, pretrained=pretrained, **size).eval()
+        with impatient(name) if pretrained else contextlib.nullcontext():
+            model = timm.create_model(name, pretrained=pretrained, **size).eval()
     except Exception as error:
+        if unreachable(error):
+            local = "give the weights by --checkpoint FILE instead of --pretrained"
+            raise InvalidParameterError(what_to_do(f"the model {name!r}", local)) from error
         raise InvalidParameterError(f"timm cannot make {name!r}: {_first_line(error)}") from error
     if checkpoint is not None:
         _fill(model, checkpoint)
@@ -176,9 +182,12 @@ def _transformers(name: str) -> Subject:
 
     source = name.removeprefix("hf:")
     try:
-        model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
-        processor = AutoImageProcessor.from_pretrained(source)
+        with impatient(source):
+            model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+            processor = AutoImageProcessor.from_pretrained(source)
     except Exception as error:
+        if unreachable(error):
+            raise InvalidParameterError(what_to_do(f"the model {source!r}", "give hf:<folder>")) from error
         raise InvalidParameterError(f"transformers cannot load {source!r}: {_first_line(error)}") from error
     model = getattr(model, "vision_model", model)  # of a two-tower model such as CLIP
     mean = torch.tensor(getattr(processor, "image_mean", None) or [0.0] * 3)

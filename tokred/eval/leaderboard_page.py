@@ -329,12 +329,12 @@ nav ol{padding-left:1.4rem;margin:.5rem 0 1rem}nav li{margin:.3rem 0}summary{cur
 section{border-top:1px solid var(--line);margin-top:2.5rem;padding-top:1.5rem}
 .scroll{overflow-x:auto;max-width:100%;margin:.75rem 0}.scroll:focus-visible{outline:2px solid var(--link)}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
-td,tbody th{padding:.28rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+td,tbody th{padding:.28rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 tbody th{text-align:left;font-weight:500;position:sticky;left:0;background:var(--paper)}
-td.words{text-align:left;white-space:normal;min-width:11rem;overflow-wrap:normal}
+td.words{text-align:left;white-space:normal;min-width:10rem;font-size:.8rem;overflow-wrap:anywhere}
 thead th{padding:0;border-bottom:2px solid var(--faint);background:var(--paper);text-align:right}
 thead th:first-child{position:sticky;left:0;z-index:1}thead th:first-child,th.words{text-align:left}
-thead button{all:unset;cursor:pointer;padding:.35rem .6rem;font-weight:600;white-space:nowrap}
+thead button{all:unset;cursor:pointer;padding:.35rem .5rem;font-weight:600;white-space:nowrap}
 thead button:focus-visible{outline:2px solid var(--link)}
 th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}
 .group th{position:static;background:var(--soft);color:var(--faint);font-weight:600;font-size:.82rem}
@@ -347,7 +347,7 @@ figure{margin:1.25rem 0}.plot svg{display:block;width:100%;min-width:34rem;max-w
 p.words{color:var(--faint);line-height:1.75;font-size:.9rem}.read{color:var(--ink);background:var(--mark)}
 .needle{border-bottom:3px solid #d55e00}.up{font-size:.85rem}
 @media (max-width:30rem){.facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.5rem}
-tbody th{max-width:9.5rem;white-space:normal}.group th{max-width:none;white-space:nowrap}}
+tbody th{min-width:7.5rem;max-width:9.5rem;white-space:normal}.group th{max-width:none;white-space:nowrap}}
 """.strip()
 
 _SCRIPT = """

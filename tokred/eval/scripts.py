@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from tokred.core.errors import TokredError
-from tokred.eval.hub import unreachable, what_to_do
+from tokred.eval.hub import impatient, unreachable, what_to_do
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,7 +79,8 @@ def failing_in_one_line(model: str) -> Iterator[None]:
     That is: `model` is not to be had, from the hub or a folder; and everything that tokred refuses.
     """
     try:
-        yield
+        with impatient(model):
+            yield
     except (TokredError, ImportError, OSError, ValueError, RuntimeError) as error:
         if unreachable(error):
             raise SystemExit(what_to_do(f"the model {model}", "give --model a folder with it")) from error

@@ -17,7 +17,7 @@ from tokred.core.errors import InvalidParameterError
 from tokred.core.method import Method, VisualMethod
 from tokred.core.patch import Patch, patch
 from tokred.eval.bench import require
-from tokred.eval.hub import brief, pretrained, unreachable, what_to_do
+from tokred.eval.hub import brief, impatient, pretrained, unreachable, what_to_do
 from tokred.eval.inside import tokens_read
 
 __all__ = ["BUNDLED", "Answers", "VLMHost", "frame_scorer", "generated", "load_vlm"]
@@ -257,9 +257,9 @@ def frame_scorer(name: str | None, host: VLMHost) -> Any:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        return HFClipScorer(
-            AutoModel.from_pretrained(name).eval().to(host.model.device), AutoProcessor.from_pretrained(name)
-        )
+        with impatient(name):
+            model, processor = AutoModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
+        return HFClipScorer(model.to(host.model.device), processor)
     except Exception as error:
         if unreachable(error):
             raise InvalidParameterError(what_to_do(f"the scorer {name}", "give --scorer a folder with it")) from error
