@@ -29,6 +29,7 @@ install: venv ## make .venv with every extra and the developer's tools
 demo: venv-demo ## reduce the bundled models on bundled data: prints tables, writes pictures (ARGS="--task video" chooses)
 	$(BIN)/tokred bench $(ARGS)
 	$(if $(ARGS),,$(BIN)/tokred bench --task vqa --levels 0.25)
+	@echo; echo "Next: $(BIN)/tokred demo (in a browser), $(BIN)/tokred bench --all (every method, one page)"
 
 lint: venv ## ruff (rules and format) and mypy
 	$(BIN)/python -m ruff check .

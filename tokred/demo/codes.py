@@ -80,7 +80,7 @@ def token_range(model: str) -> Range:
 
 @torch.inference_mode()
 def encode(picture: Image, model: str, tokens: float, caption: str, folder: Path) -> Coded:
-    """Write a picture's first tokens into a file of `folder`, and what they and other numbers of tokens give back.
+    """Write a picture's first tokens into a file below `folder`, and what they and other numbers of tokens give back.
 
     Args:
         tokens: the nearest number that the tokenizer can do is taken. caption: of tokenizers that read one; may be
@@ -94,7 +94,8 @@ def encode(picture: Image, model: str, tokens: float, caption: str, folder: Path
     tokenizer, span = _opened(model), token_range(model)
     count = span.nearest(tokens)
     words = " ".join(caption.split()) or None if span.reads_text else None
-    found = encode_file(picture, folder / f"{model}-{count}.ftk", model, count, words)
+    place = Path(tempfile.mkdtemp(dir=folder))  # two pictures at once do not write one file
+    found = encode_file(picture, place / f"{model}-{count}.ftk", model, count, words)
     pixels = to_pixels(picture, tokenizer.image_size)
     lengths = [length for length in span.lengths if length in _marks(span) or length == count]
     pictures = _given_back(tokenizer, pixels, lengths, words)

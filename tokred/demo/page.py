@@ -177,15 +177,13 @@ def _classify_tab(shelves: Shelves, samples: Samples) -> None:
     go.click(run, inputs, out, concurrency_id="classifier", scroll_to_output=True)
     share.release(run, inputs, out, concurrency_id="classifier")
     with gr.Column(elem_classes="tk-first tk-chips"):
-        gr.Examples(
+        shown = gr.Examples(
             [[path] for path in samples.scenes],
             [picture],
-            out,
-            lambda path: run(path, shelves.classifiers.bundled[0], "zero_tprune", 0.6),
-            run_on_click=True,
             label="Examples: held-out scenes, each with a digit among strokes",
             elem_id="classify-examples",
         )
+    shown.load_input_event.then(run, inputs, out, concurrency_id="classifier")
 
 
 # -- ask ---------------------------------------------------------------------------------------------------------------
@@ -266,15 +264,13 @@ def _ask_about(shelf: Any, kind: str, examples: Sequence[tuple[str, str, str]]) 
     share.release(run, inputs, out, concurrency_id=group)
     frames = f"; the model sees {ask.FRAMES} of their frames" if video else ""
     with gr.Column(elem_classes="tk-first tk-chips"):
-        gr.Examples(
+        shown = gr.Examples(
             [[path, text] for path, text, _ in examples],
             [media, question],
-            out,
-            lambda path, text: run(path, text, shelf.bundled[0], first, start),
-            run_on_click=True,
             label=f"Examples: held-out {'clips' if video else 'scenes'}{frames}",
             elem_id=f"ask-{kind}-examples",
         )
+    shown.load_input_event.then(run, inputs, out, concurrency_id=group)
 
 
 # -- long text ---------------------------------------------------------------------------------------------------------
@@ -400,15 +396,13 @@ def _tokenize_tab(samples: Samples, folder: Path) -> None:
     tokens.release(run, inputs, [out, file], concurrency_id="codes")
     model.change(chosen, model, [tokens, caption])
     with gr.Column(elem_classes="tk-first tk-chips"):
-        gr.Examples(
+        shown = gr.Examples(
             [[path] for path in samples.cards],
             [picture],
-            [out, file],
-            lambda path: run(path, "flextok", 8, ""),
-            run_on_click=True,
             label="Examples: held-out cards",
             elem_id="tokenize-examples",
         )
+    shown.load_input_event.then(run, inputs, [out, file], concurrency_id="codes")
     with gr.Accordion("Decode a token file", open=False), gr.Row():
         with gr.Column(scale=2, min_width=300):
             given = gr.File(label="Token file (.ftk)", type="filepath", elem_id="token-upload")
@@ -508,12 +502,10 @@ def _compare_form(
     group = "vlm" if asked else "classifier"
     go.click(run, [*inputs, methods, budget], out, concurrency_id=group, scroll_to_output=True)
     with gr.Column(elem_classes="tk-first tk-chips"):
-        gr.Examples(
+        shown = gr.Examples(
             examples,
             inputs,
-            out,
-            lambda *given: run(*given, ticked, share),
-            run_on_click=True,
             label="Examples",
             elem_id=f"compare-{kind}-examples",
         )
+    shown.load_input_event.then(run, [*inputs, methods, budget], out, concurrency_id=group)

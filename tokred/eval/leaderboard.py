@@ -243,7 +243,7 @@ def _embedded(picture: Mapping[str, str]) -> dict[str, Any]:
     with Image.open(picture["file"]) as image:
         kind = "WEBP" if features.check("webp") else "PNG"
         held = io.BytesIO()
-        image.convert("RGB").save(held, kind, quality=82, method=6, optimize=True)
+        image.convert("RGB").save(held, kind, quality=82, method=4, optimize=True)
         width, height = image.size
     data = base64.b64encode(held.getvalue()).decode()
     uri = f"data:image/{kind.lower()};base64,{data}"

@@ -316,7 +316,7 @@ _STYLE = """
 @media (prefers-color-scheme:dark){:root{--paper:#14171d;--ink:#e6e9ef;--faint:#a3abb8;--line:#343a45;--soft:#1d2129;
 --good:#5fd3a4;--mark:#3a3115;--link:#7db8ff}}
 *{box-sizing:border-box}html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
-body{margin:0 auto;max-width:72rem;padding:1rem clamp(.75rem,3vw,2rem) 4rem;background:var(--paper);color:var(--ink);
+body{margin:0 auto;max-width:76rem;padding:1rem clamp(.75rem,3vw,2rem) 4rem;background:var(--paper);color:var(--ink);
 font:16px/1.5 var(--letters);overflow-wrap:break-word}
 h1{font-size:clamp(1.35rem,4vw,2rem);line-height:1.2;margin:.5rem 0 1rem}
 h2{font-size:clamp(1.1rem,3vw,1.4rem);line-height:1.25;margin:0 0 .5rem}
@@ -331,7 +331,7 @@ section{border-top:1px solid var(--line);margin-top:2.5rem;padding-top:1.5rem}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
 td,tbody th{padding:.28rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 tbody th{text-align:left;font-weight:500;position:sticky;left:0;background:var(--paper)}
-td.words{text-align:left;white-space:normal;min-width:10rem;font-size:.8rem;overflow-wrap:anywhere}
+td.words{text-align:left;white-space:normal;min-width:10rem;font-size:.78rem;overflow-wrap:normal}
 thead th{padding:0;border-bottom:2px solid var(--faint);background:var(--paper);text-align:right}
 thead th:first-child{position:sticky;left:0;z-index:1}thead th:first-child,th.words{text-align:left}
 thead button{all:unset;cursor:pointer;padding:.35rem .5rem;font-weight:600;white-space:nowrap}
