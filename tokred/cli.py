@@ -320,16 +320,16 @@ def _bench_task(given: argparse.Namespace) -> None:
     for method, key, value in given.settings:
         parameters.setdefault(method.replace("-", "_"), {})[key] = value
     levels, scenes = TASKS[name].fast if given.fast else (None, None)
-    rounds = BenchOptions.rounds if given.rounds is None else given.rounds
+    rounds = (1 if given.fast else BenchOptions.rounds) if given.rounds is None else given.rounds
     options = BenchOptions(
         out=given.out or Path("outputs") / f"bench-{name}",
         methods=given.methods,
         levels=given.levels or levels,
-        scenes=given.scenes or scenes,
+        scenes=scenes if given.scenes is None else given.scenes,
         seed=given.seed,
         split=given.split,
         threads=given.threads,
-        rounds=1 if given.fast else rounds,
+        rounds=rounds,
         parameters=parameters,
         ablate=given.ablate.replace("-", "_") if given.ablate else None,
         checkpoint=given.checkpoint,

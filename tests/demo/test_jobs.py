@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -215,11 +216,9 @@ def test_every_budgeted_method_is_offered(shelves):
     """The lists of the page are those of the methods that act there."""
     from tokred.eval.vlm import choosers, prompt_info
 
-    for kind, names, shelf in (
-        ("image", ask.IMAGE_METHODS, shelves.vlms),
-        ("video", ask.VIDEO_METHODS, shelves.videos),
-    ):
-        with shelf.borrow(shelf.bundled[0]) as host:
+    tabs = ("image", ask.IMAGE_METHODS, "digit-vlm"), ("video", ask.VIDEO_METHODS, "digit-video-vlm")
+    for kind, names, name in tabs:
+        with shelves.vlms.borrow(name) as host:
             blank = np.zeros((2, 96, 96, 3), np.uint8)
             media = [[Image.fromarray(blank[0])]] if kind == "image" else []
             inputs = host.inputs([host.prompt("is there a 3 ?", [kind])], media, [] if media else [[blank]])
@@ -247,12 +246,16 @@ def test_ask_about_a_picture(shelves, asked, name):
 @pytest.mark.parametrize("name", ask.VIDEO_METHODS)
 def test_ask_about_a_video(shelves, clip, name):
     media, question, answer = clip
-    with shelves.videos.borrow("digit-video-vlm") as host:
+    with shelves.vlms.borrow("digit-video-vlm") as host:
         (found,) = ask.ask(host, media, question, [name], 0.125, rounds=0)
     assert found.before.text == answer
     assert found.before.tokens == 576
     assert found.after.tokens <= 80
+    assert found.after.cache < found.before.cache
+    assert found.after.gmacs < found.before.gmacs
     assert len(found.stages) >= 1
+    if name in ("quota", "pyramiddrop", "dart"):
+        assert found.after.text == answer
 
 
 def test_ask_times_and_compares(shelves, asked):
@@ -263,6 +266,23 @@ def test_ask_times_and_compares(shelves, asked):
     assert [one.after.tokens for one in found] == [14, 14]
     assert found[1].after[:4] == alone[0].after[:4]
     assert all(one.speedup == one.before.seconds / one.after.seconds for one in found)
+    assert [one.pairs for one in found] == [1, 1]
+    assert alone[0].pairs == 0
+
+
+def test_timed_runs_score_the_frames_anew(shelves, clip, monkeypatch):
+    """A scorer remembers frames: a timed run that profits from an earlier one says nothing."""
+    from tokred.adapters.scorers import OpenClipScorer
+
+    scored = []
+    embed = OpenClipScorer._embed_images
+    monkeypatch.setattr(OpenClipScorer, "_embed_images", lambda self, given: scored.append(1) or embed(self, given))
+    media, question, _ = clip
+    with shelves.vlms.borrow("digit-video-vlm") as host:
+        ask.ask(host, media, question, ["quota"], 0.1, rounds=0)  # now the demo's scorer knows these frames
+        scored.clear()
+        ask.ask(host, media, question, ["quota"], 0.1, rounds=2)
+        assert len(scored) == 3  # two pairs, and the one before them that does not count
 
 
 def test_keeping_everything_changes_nothing(shelves, asked):
@@ -322,7 +342,7 @@ def test_recall_of_random_words_and_whole_texts(shelves):
         other = recall.recall(
             host, "The cat sat. Key of Alice is tulip.", "key of Alice is?", "gemfilter", 16, rounds=0
         )
-        assert "not: cat, sat" in other.notes[0]
+        assert "knows 227 words and not: cat, sat" in other.notes[0]
         assert other.before.text == "tulip"
 
 
@@ -360,6 +380,17 @@ def test_codes_there_and_back(card, tmp_path, model):
     assert said["model"] == model
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(found.chosen)).max() <= 1
     assert len({stage.caption for stage in found.stages}) == len(found.stages)
+
+
+def test_old_token_files_go(card, tmp_path):
+    first = codes.encode(card, "vq", 64, "", tmp_path).file
+    second = codes.encode(card, "vq", 64, "", tmp_path).file
+    assert first != second
+    assert first.exists()
+    os.utime(first.parent, (0, 0))
+    codes.encode(card, "vq", 64, "", tmp_path)
+    assert not first.exists()
+    assert second.exists()
 
 
 def test_codes_refuse(tmp_path):

@@ -11,12 +11,13 @@ question. They are `tokred.core.scoring.FrameScorer`s.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from tokred.core.sites import Needs, VisualFeatures
 __all__ = ["ClipRelevance", "HFClipScorer", "LVLMScorer", "OpenClipScorer", "default_scorer", "strip_options"]
 
 Mode = Literal["minmax", "sigmoid"]
+_S = TypeVar("_S", bound="_Scorer")
 
 FLAT = 1e-4  # a spread of similarities below this says nothing: all frames score the same
 REMEMBERED = 32  # results that a scorer keeps, and
@@ -54,6 +56,7 @@ class _Scorer(ABC):
     def __init__(self, batch: int) -> None:
         self.batch = check_count("batch", batch, minimum=1)
         self._results: dict[object, Tensor] = {}
+        self._embeddings: dict[object, Tensor] = {}
 
     def __call__(self, frames: Sequence[Any], query: str, objects: Sequence[str] = ()) -> Tensor:
         """Score frames: T pictures (PIL, or uint8 (H, W, 3)) and a question give (T,) float64 in [0, 1] on the CPU.
@@ -75,6 +78,12 @@ class _Scorer(ABC):
             REMEMBERED,
         )
         return found.clone()
+
+    def fresh(self: _S) -> _S:
+        """The same scorer, its model shared, that remembers no frames yet: for timing."""
+        made = copy.copy(self)
+        made._results, made._embeddings = {}, {}
+        return made
 
     @abstractmethod
     def _score(self, frames: Sequence[Any], content: str, query: str, objects: Sequence[str]) -> Tensor:
@@ -103,7 +112,6 @@ class _ClipScorer(_Scorer):
         if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 <= floor < 1:
             raise InvalidParameterError(f"floor={floor!r}: expected a score in [0, 1)")
         self.mode, self.floor = mode, float(floor)
-        self._embeddings: dict[object, Tensor] = {}
 
     def _check_mode(self) -> None:
         if self.mode == "minmax":

@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from tokred.adapters.scorers import default_scorer
 from tokred.core.errors import InvalidParameterError, TokredError
 from tokred.core.flops import flops
 from tokred.core.method import Method, registered
 from tokred.core.patch import patch
 from tokred.demo.pictures import Stage, enlarged, stages
+from tokred.eval.hub import impatient
 from tokred.eval.inside import SETTINGS, budget_field, fit_threshold, inside_method, tokens_read
 from tokred.eval.speed import pairs
 from tokred.eval.vlm import cache_bytes, time_call
@@ -71,11 +74,15 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What a question gave: answers without and with the method, which can be written as `method`."""
+    """What a question gave: answers without and with the method, which can be written as `method`.
+
+    `pairs` were timed; their best times are in `before` and `after`.
+    """
 
     method: str
     before: Said
     after: Said
+    pairs: int
     stages: list[Stage]
     notes: list[str]
 
@@ -174,7 +181,7 @@ def vlm_method(
     if name not in _INSIDE:
         own: dict[str, Any] = {"budget": tokens}
         if name == "quota":
-            own["scorer"] = frame_scorer(None, host)
+            own["scorer"] = _scorer(host)
         return registered()[name](**own), []  # type: ignore[call-arg]
     chosen: Mapping[str, Any] = next(own for other, own in SETTINGS.values() if other == name)
     if not host.bundled:  # those settings are for its six layers
@@ -189,6 +196,17 @@ def vlm_method(
     found = fit_threshold(behind, tokens, STEPS)
     note = f"{method.title} drops by thresholds; {found:g} was fitted to this question and budget."
     return method.replace(global_threshold=found, individual_threshold=found), [note]
+
+
+_scorers: WeakKeyDictionary[VLMHost, Any] = WeakKeyDictionary()
+
+
+def _scorer(host: VLMHost) -> Any:
+    """What scores frames beside a model: the bundled CLIP, or the library's default; loaded once."""
+    if host not in _scorers:
+        with impatient("open_clip"):
+            _scorers[host] = frame_scorer(None, host) if host.bundled else default_scorer()
+    return _scorers[host]
 
 
 @torch.inference_mode()
@@ -252,6 +270,7 @@ def ask(
                 repr(_shown(method)),
                 before,
                 after,
+                len(times),
                 pictures,
                 [*notes, *own],
             )
@@ -290,7 +309,9 @@ def _times(host: VLMHost, inputs: Any, method: Method, question: str, rounds: in
         return time_call(host.model, inputs).first
 
     def reduced(_: str) -> float:
-        with host.under(method, [question]):
+        scorer = getattr(method, "scorer", None)  # it remembers frames: each run has a new one
+        chosen = method if scorer is None else method.replace(scorer=scorer.fresh())
+        with host.under(chosen, [question]):
             return time_call(host.model, inputs).first
 
     if host.bundled:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,9 @@ TOKENIZERS = {
     "tokenflow": "TokenFlow: codes in scales",
     "vq": "VQ: one code a patch",
 }
+
+
+PREFIX, KEPT = "tokens-", 3600  # folders of token files, and seconds for which they stay
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def encode(picture: Image, model: str, tokens: float, caption: str, folder: Path
     tokenizer, span = _opened(model), token_range(model)
     count = span.nearest(tokens)
     words = " ".join(caption.split()) or None if span.reads_text else None
-    place = Path(tempfile.mkdtemp(dir=folder))  # two pictures at once do not write one file
+    _sweep(folder)
+    place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # two pictures at once do not write one file
     found = encode_file(picture, place / f"{model}-{count}.ftk", model, count, words)
     pixels = to_pixels(picture, tokenizer.image_size)
     lengths = [length for length in span.lengths if length in _marks(span) or length == count]
@@ -105,6 +111,13 @@ def encode(picture: Image, model: str, tokens: float, caption: str, folder: Path
     ]
     chosen = stages[lengths.index(count)].picture
     return Coded(enlarged(to_pil(pixels)[0]), stages, chosen, count, Path(found["file"]), found)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what was handed out long ago; Gradio has a copy of its own."""
+    for old in folder.glob(f"{PREFIX}*"):
+        if time.time() - old.stat().st_mtime > KEPT:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _marks(span: Range) -> tuple[int, ...]:

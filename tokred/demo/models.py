@@ -95,13 +95,13 @@ class Shelves:
             return load_llm(name, "cpu" if name in LLMS else device)
 
         self.classifiers: Shelf[Classifier] = Shelf(classifier, CLASSIFIERS)
-        self.vlms: Shelf[VLMHost] = Shelf(vlm, VLMS)
-        self.videos: Shelf[VLMHost] = Shelf(vlm, VIDEO_MODELS)
+        self.vlms: Shelf[VLMHost] = Shelf(vlm, (*VLMS, *VIDEO_MODELS))
         self.llms: Shelf[LLMHost] = Shelf(llm, LLMS)
 
     def load_bundled(self) -> None:
         """Load what the page shows first, so that no first click waits for it."""
-        for shelf in (self.classifiers, self.vlms, self.videos, self.llms):
-            with shelf.borrow(shelf.bundled[0]):
-                pass
+        for shelf in (self.classifiers, self.vlms, self.llms):
+            for name in shelf.bundled:
+                with shelf.borrow(name):
+                    pass
         codes.token_range("flextok")

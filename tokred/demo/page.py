@@ -14,10 +14,11 @@ import torch
 from tokred.core.errors import InvalidParameterError, TokredError
 from tokred.core.method import registered
 from tokred.demo import ask, classify, codes, markup, recall
-from tokred.demo.models import LLMS, VLMS, Shelves
+from tokred.demo.models import LLMS, VIDEO_MODELS, VLMS, Shelf, Shelves
 from tokred.demo.pictures import Stage, enlarged, open_upload
 from tokred.demo.samples import Samples
 from tokred.eval.inside import SETTINGS, RandomPrompt
+from tokred.eval.vqa_hosts import BUNDLED, VLMHost
 
 __all__ = ["build", "theme"]
 
@@ -29,7 +30,6 @@ The models shown first are tiny, trained ones that ship with the package. They r
 """
 INSIDE = frozenset(name for name, _ in SETTINGS.values())
 READ = "Read per layer: visual tokens that a layer of the language model reads, on average."
-BEST = "Times are the best of a few runs in turns."
 COMPARED = 2  # timed pairs of each method in a comparison
 _TYPED = "A bundled one, or type a name where the model hub is reachable"
 
@@ -120,6 +120,20 @@ def _ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.1f} ms"
 
 
+def _runs(pairs: int) -> str:
+    """What the times of a result are."""
+    return f"Times are the best of {pairs} runs, in turns." if pairs > 1 else "Times are of one run each."
+
+
+def _time_row(found: Any) -> list[list[str]]:
+    """The row of a table with the times to the first token, if they were measured."""
+    if found.speedup is None:
+        return []
+    return [
+        ["time to first word", _ms(found.before.seconds), _ms(found.after.seconds), f"{found.speedup:.2f}x as fast"]
+    ]
+
+
 def _bytes(count: float) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
@@ -192,16 +206,17 @@ def _classify_tab(shelves: Shelves, samples: Samples) -> None:
 def _ask_tab(shelves: Shelves, samples: Samples) -> None:
     with gr.Tabs():
         with gr.Tab("about a picture", id="ask-image"):
-            _ask_about(shelves.vlms, "image", samples.questions)
+            _ask_about(shelves.vlms, VLMS, samples.questions)
         with gr.Tab("about a video", id="ask-video"):
-            _ask_about(shelves.videos, "video", samples.clips)
+            _ask_about(shelves.vlms, VIDEO_MODELS, samples.clips)
 
 
 def _media(kind: str, path: str | None) -> ask.Media:
     return ask.open_video(path) if kind == "video" else ask.Media(open_upload(path))
 
 
-def _ask_about(shelf: Any, kind: str, examples: Sequence[tuple[str, str, str]]) -> None:
+def _ask_about(shelf: Shelf[VLMHost], bundled: Sequence[str], examples: Sequence[tuple[str, str, str]]) -> None:
+    kind = BUNDLED[bundled[0]]
     video = kind == "video"
     names = ask.VIDEO_METHODS if video else ask.IMAGE_METHODS
     first, start = ("quota", 0.125) if video else ("hired", 0.25)
@@ -220,19 +235,11 @@ def _ask_about(shelf: Any, kind: str, examples: Sequence[tuple[str, str, str]]) 
         if before.gmacs is not None and after.gmacs is not None:
             cost = [f"{before.gmacs:.3g} G", f"{after.gmacs:.3g} G", _share(after.gmacs, before.gmacs)]
             rows.append(["multiply-adds", *cost])
-        if found.speedup is not None:
-            rows.append(
-                [
-                    "time to first word",
-                    _ms(before.seconds),
-                    _ms(after.seconds),
-                    f"{found.speedup:.2f}x as fast",
-                ]
-            )
+        rows += _time_row(found)
         return markup.stack(
             markup.answers(("as it is", "reduced"), (before.text, after.text)),
             markup.notes(found.notes),
-            markup.facts(["", "as it is", "reduced", ""], rows) + markup.small(f"{READ} {BEST}"),
+            markup.facts(["", "as it is", "reduced", ""], rows) + markup.small(f"{READ} {_runs(found.pairs)}"),
             markup.figures(found.stages, wide=video),
             markup.code(f"tokred.patch(model, tokred.{found.method})"),
         )
@@ -247,7 +254,7 @@ def _ask_about(shelf: Any, kind: str, examples: Sequence[tuple[str, str, str]]) 
             method = gr.Dropdown(_titles(names), value=first, label="Method")
             share = gr.Slider(0.02, 1, start, step=0.005, label="Budget: share of the visual tokens that stays")
             model = gr.Dropdown(
-                list(shelf.bundled),
+                list(bundled),
                 label="Model",
                 allow_custom_value=True,
                 info=f"{_TYPED}: llava-hf/llava-1.5-7b-hf, Qwen/Qwen2.5-VL-3B-Instruct",
@@ -258,7 +265,7 @@ def _ask_about(shelf: Any, kind: str, examples: Sequence[tuple[str, str, str]]) 
             out = gr.HTML(markup.placeholder(empty), elem_id=f"ask-{kind}-out")
     run = _told(job)
     inputs = [media, question, model, method, share]
-    group = "video" if video else "vlm"
+    group = "vlm"
     go.click(run, inputs, out, concurrency_id=group, scroll_to_output=True)
     question.submit(run, inputs, out, concurrency_id=group)
     share.release(run, inputs, out, concurrency_id=group)
@@ -286,19 +293,11 @@ def _text_tab(shelves: Shelves) -> None:
             ["tokens of the prompt", str(before.tokens), str(after.tokens), _share(after.tokens, before.tokens)],
             ["memory (cache)", _bytes(before.cache), _bytes(after.cache), _share(after.cache, before.cache)],
         ]
-        if found.speedup is not None:
-            rows.append(
-                [
-                    "time to first word",
-                    _ms(before.seconds),
-                    _ms(after.seconds),
-                    f"{found.speedup:.2f}x as fast",
-                ]
-            )
+        rows += _time_row(found)
         return markup.stack(
             markup.answers(("whole text read", "marked words read"), (before.text, after.text)),
             markup.notes(found.notes),
-            markup.facts(["", "whole", "reduced", ""], rows) + markup.small(BEST),
+            markup.facts(["", "whole", "reduced", ""], rows) + markup.small(_runs(found.pairs)),
             markup.passage(found.words, after.text),
             markup.code(f"tokred.patch(model, tokred.{found.method})" if method != RandomPrompt.name else ""),
         )
@@ -359,7 +358,7 @@ def _tokenize_tab(samples: Samples, folder: Path) -> None:
         )
         return page, str(found.file)
 
-    def chosen(model: str) -> tuple[Any, Any]:
+    def chosen(step: Any, model: str) -> tuple[Any, Any]:
         span = codes.token_range(model)
         low, high = span.lengths[0], span.lengths[-1]
         only = len(span.lengths) == 1
@@ -394,7 +393,7 @@ def _tokenize_tab(samples: Samples, folder: Path) -> None:
     inputs = [picture, model, tokens, caption]
     go.click(run, inputs, [out, file], concurrency_id="codes", scroll_to_output=True)
     tokens.release(run, inputs, [out, file], concurrency_id="codes")
-    model.change(chosen, model, [tokens, caption])
+    model.change(_told(chosen), model, [tokens, caption])
     with gr.Column(elem_classes="tk-first tk-chips"):
         shown = gr.Examples(
             [[path] for path in samples.cards],
@@ -433,7 +432,8 @@ def _compare_classifiers(shelves: Shelves, samples: Samples) -> None:
                 step(number / len(names), title)
                 found.append(classify.classify(classifier, picture, name, share, COMPARED))
         (best, chance), whole = found[0].before[0], found[0].gmacs[0]
-        rows = [["as it is", best, f"{100 * chance:.1f} %", "144", f"{whole:.3g}", "", ""]]
+        first = found[0].tokens.partition(">")[0]
+        rows = [["as it is", best, f"{100 * chance:.1f} %", first, f"{whole:.3g}", "", ""]]
         pictures = [found[0].stages[0]]
         for title, one in zip((title for title, _ in _titles(names)), found, strict=True):
             (label, own), cost = one.after[0], one.gmacs[1]

@@ -39,11 +39,17 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Recalled:
-    """What a question gave. `words`: the text in runs, with whether the method let the run go on."""
+    """What a question gave.
+
+    Attributes:
+        pairs: that were timed; their best times are in `before` and `after`.
+        words: the text in runs, with whether the method let the run go on.
+    """
 
     method: str
     before: Read
     after: Read
+    pairs: int
     words: list[tuple[str, bool]]
     notes: list[str]
 
@@ -96,8 +102,8 @@ def written(host: LLMHost, text: str, question: str) -> tuple[str, list[str]]:
         if strange:
             first = ", ".join(list(strange)[:6]) + (" ..." if len(strange) > 6 else "")
             notes.append(
-                f"The bundled model knows 232 words and not: {first}. Sentences that it learned read “key of alice is "
-                "tulip .”, and questions “key of alice is”."
+                f"The bundled model knows {sum(map(str.isalpha, known))} words and not: {first}. Sentences that it "
+                "learned read “key of alice is tulip .”, and questions “key of alice is”."
             )
         prompt = f"{text} {question}"
     else:
@@ -155,7 +161,7 @@ def recall(
     if times:
         plain, reduced = (min(column) for column in zip(*times, strict=True))  # other work on the machine only adds
         before, after = before._replace(seconds=plain), after._replace(seconds=reduced)
-    return Recalled(repr(method), before, after, _runs(prompt, offsets, set(kept)), notes)
+    return Recalled(repr(method), before, after, len(times), _runs(prompt, offsets, set(kept)), notes)
 
 
 def _read(host: LLMHost, inputs: dict[str, Tensor], tokens: int) -> Read:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +130,13 @@ def start(options: DemoOptions) -> Running:
 
 
 def serve(options: DemoOptions) -> None:
-    """`start`, say where, and wait for Ctrl-C."""
+    """`start`, say where, and wait for Ctrl-C, or to be told to end."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)  # so that the folder of the examples goes
     began = time.perf_counter()
     print("loading the bundled models ...", flush=True)
     running = start(options)

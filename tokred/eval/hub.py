@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from urllib.request import getproxies
 
 from tokred.core.errors import InvalidParameterError, nearest
 
-__all__ = ["brief", "impatient", "pretrained", "unreachable", "what_to_do"]
+__all__ = ["brief", "impatient", "pretrained", "reachable", "unreachable", "what_to_do"]
 
 PATIENCE = 4  # seconds in which the hub has to answer
 
@@ -87,26 +89,62 @@ def pretrained(name: str, readers: Sequence[Any], bundled: Sequence[str], what: 
         raise InvalidParameterError(f"--model {name} cannot be loaded as a {what}: {brief(error)}") from error
 
 
+def reachable() -> bool:
+    """Whether it makes sense to ask the hub: something listens there, or requests go through a proxy, or it is to be
+    left alone (then its client says so at once).
+    """
+    from huggingface_hub import constants
+
+    if _OFFLINE.inside:  # it is we who turned it off
+        return False
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return True
+    place = urlsplit(constants.ENDPOINT)
+    try:
+        port = place.port or (80 if place.scheme == "http" else 443)
+        socket.create_connection((place.hostname, port), timeout=PATIENCE).close()
+    except OSError:
+        return False
+    return True
+
+
+class _Offline:
+    """The hub's switch is the whole process's: the first who needs it off turns it, the last one turns it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.inside = 0
+        self._before = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        from huggingface_hub import constants
+
+        with self._lock:
+            if self.inside == 0:
+                self._before = constants.HF_HUB_OFFLINE
+                constants.HF_HUB_OFFLINE = True
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.inside -= 1
+                if self.inside == 0:
+                    constants.HF_HUB_OFFLINE = self._before
+
+
+_OFFLINE = _Offline()
+
+
 @contextmanager
 def impatient(name: str) -> Iterator[None]:
     """Inside, the hub is given up at once if nothing listens there: its client would try again for a minute.
 
-    Nothing is changed where `name` is a folder or file, or where requests go through a proxy.
+    Nothing is changed where `name` is a folder or file, or the hub's client is not installed.
     """
-    try:
-        from huggingface_hub import constants
-    except ImportError:  # then nothing asks the hub
+    if Path(name).exists() or importlib.util.find_spec("huggingface_hub") is None or reachable():
         yield
         return
-    offline = constants.HF_HUB_OFFLINE
-    if not offline and not getproxies() and not Path(name).exists():
-        place = urlsplit(constants.ENDPOINT)
-        try:
-            port = place.port or (80 if place.scheme == "http" else 443)
-            socket.create_connection((place.hostname, port), timeout=PATIENCE).close()
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
+    with _OFFLINE.held():
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
