@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tokred.cli_common import add_command, written
+
 if TYPE_CHECKING:
     from tokred.eval.bench import Task
 
@@ -83,18 +85,6 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _add(commands: Any, common: argparse.ArgumentParser, name: str, run: Any, short: str, text: str) -> Any:
-    made = commands.add_parser(
-        name,
-        parents=[common],
-        help=short,
-        description=textwrap.dedent(text).strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.set_defaults(run=run)
-    return made
-
-
 def _setting(text: str) -> tuple[str, Any]:
     """``key=value``; the value is a Python literal (0.5, 3,6,9, None, {1: (10, 0.9)}), else a string."""
     from tokred.eval.runs import literal
@@ -128,7 +118,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _add_list(commands: Any, common: argparse.ArgumentParser) -> None:
-    _add(
+    add_command(
         commands,
         common,
         "list",
@@ -180,7 +170,7 @@ def _shown(value: Any) -> str:
 
 
 def _add_demo(commands: Any, debug: argparse.ArgumentParser) -> None:
-    made = _add(
+    made = add_command(
         commands,
         debug,
         "demo",
@@ -212,7 +202,7 @@ def _demo(given: argparse.Namespace) -> None:
 def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     from tokred.eval.bench import TASKS, BenchOptions
 
-    made = _add(
+    made = add_command(
         commands,
         common,
         "bench",
@@ -343,7 +333,7 @@ def _bench_task(given: argparse.Namespace) -> None:
         print(dumps(results))
         return
     print(module.show(results))
-    _written(results)
+    written(results)
 
 
 def _bench_all(given: argparse.Namespace) -> None:
@@ -371,16 +361,10 @@ def _bench_all(given: argparse.Namespace) -> None:
         print(dumps(results))
     else:
         print(leaderboard.show(results))
-        _written(results)
+        written(results)
     if results["failed"]:
         names = ", ".join(results["failed"])
         raise leaderboard.IncompleteError(f"{names} failed; the page {results['files']['page']} says how, and lacks it")
-
-
-def _written(results: dict[str, Any]) -> None:
-    print(f"\n{results['seconds']:.0f} s. Written:")
-    for path in results["files"].values():
-        print(f"  {path}")
 
 
 def _add_settings(made: argparse.ArgumentParser) -> None:
@@ -399,7 +383,7 @@ def _add_settings(made: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
-    made = _add(
+    made = add_command(
         commands,
         common,
         "inspect",
@@ -469,7 +453,7 @@ def _inspect(given: argparse.Namespace) -> None:
 
 
 def _add_flops(commands: Any, common: argparse.ArgumentParser) -> None:
-    made = _add(
+    made = add_command(
         commands,
         common,
         "flops",
@@ -531,7 +515,7 @@ _MODEL = "flextok, textok, tokenflow or vq, the bundled ones, or the folder of a
 
 
 def _add_encode(commands: Any, common: argparse.ArgumentParser) -> None:
-    made = _add(
+    made = add_command(
         commands,
         common,
         "encode",
@@ -572,7 +556,7 @@ def _encode(given: argparse.Namespace) -> None:
 
 
 def _add_decode(commands: Any, common: argparse.ArgumentParser) -> None:
-    made = _add(
+    made = add_command(
         commands,
         common,
         "decode",
@@ -637,7 +621,7 @@ def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
     add_imagenet(tasks, common)
     add_vqa(tasks, common)
     add_needle(tasks, common)
-    made = _add(
+    made = add_command(
         tasks,
         common,
         "reconstruct",

@@ -12,9 +12,9 @@ __all__ = ["add_method", "add_task", "default_out", "methods", "print_results"]
 
 def add_task(tasks: Any, common: argparse.ArgumentParser, name: str, run: Any, short: str, text: str) -> Any:
     """Add a task to `tokred eval`; errors name it whole."""
-    from tokred.cli import _add
+    from tokred.cli_common import add_command
 
-    made = _add(tasks, common, name, run, short, text)
+    made = add_command(tasks, common, name, run, short, text)
     made.set_defaults(command=f"eval {name}")
     return made
 
@@ -46,7 +46,7 @@ def default_out(task: str, name: str) -> Path:
 
 def print_results(given: argparse.Namespace, results: dict[str, Any] | None, show: Any) -> None:
     """JSON, or what `show` makes of the results and where they were written; nothing where another process prints."""
-    from tokred.cli import _written
+    from tokred.cli_common import written
     from tokred.eval.report import dumps
 
     if results is None:
@@ -55,4 +55,4 @@ def print_results(given: argparse.Namespace, results: dict[str, Any] | None, sho
         print(dumps(results))
         return
     print(show(results))
-    _written(results)
+    written(results)

@@ -11,10 +11,10 @@ __all__ = ["add_generate"]
 
 def add_generate(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``generate`` to the commands."""
-    from tokred.cli import _add
+    from tokred.cli_common import add_command
     from tokred.eval.draw_options import BUNDLED, DrawOptions
 
-    made = _add(
+    made = add_command(
         commands,
         common,
         "generate",
