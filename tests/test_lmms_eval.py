@@ -115,6 +115,13 @@ def test_answers_are_those_of_the_patched_model(model_class: Any) -> None:
     assert plain.generate_until(mixed) == expected(None)
 
 
+def test_the_bundled_models_bring_a_scorer_of_frames(model_class: Any) -> None:
+    """QuoTA's own would ask the hub for weights."""
+    pytest.importorskip("open_clip")
+    model = model_class(pretrained="digit-video-vlm", method="quota", budget=0.25, device="cpu")
+    assert type(model.method.scorer).__name__ == "OpenClipScorer"
+
+
 def test_rounds_go_on_until_the_task_says_so(model_class: Any) -> None:
     model = model_class(device="cpu")
     model.task_dict["digits"] = {"test": documents()}

@@ -27,6 +27,13 @@ def _shared(made: Any, what: str, default: str) -> None:
     )
 
 
+def _settings(given: argparse.Namespace, task: str) -> dict[str, Any]:
+    """What both take, as their options name it."""
+    names = ("benchmark", "model", "batch", "tokens", "seed", "fresh", "device", "dtype")
+    settings = {name: getattr(given, name) for name in names}
+    return settings | {"out": given.out or default_out(task, given.benchmark), "runs": methods(given)}
+
+
 # -- vqa ---------------------------------------------------------------------------------------------------------------
 
 
@@ -126,26 +133,16 @@ def _vqa(given: argparse.Namespace) -> None:
             given.limit,
         )
     options = VqaOptions(
-        benchmark=given.benchmark,
-        out=given.out or default_out("vqa", given.benchmark),
-        model=given.model,
+        **_settings(given, "vqa"),
         source=source,
-        batch=given.batch,
-        tokens=given.tokens,
         instruction=given.instruction,
         prompt=given.prompt,
         frames=given.frames,
         method_frames=given.method_frames,
         scorer=given.scorer,
-        seed=given.seed,
-        fresh=given.fresh,
-        device=given.device,
-        dtype=given.dtype,
-        runs=methods(given),
     )
     with Progress() as progress:
-        results = run(options, progress)
-    print_results(given, results, show)
+        print_results(given, run(options, progress), show)
 
 
 # -- needle ------------------------------------------------------------------------------------------------------------
@@ -211,9 +208,7 @@ def _needle(given: argparse.Namespace) -> None:
     except ValueError:
         raise InvalidParameterError(f"--lengths {given.lengths}: expected whole numbers such as 1000,2000") from None
     options = NeedleOptions(
-        out=given.out or default_out("needle", given.benchmark),
-        benchmark=given.benchmark,
-        model=given.model,
+        **_settings(given, "needle"),
         lengths=lengths,
         depths=given.depths,
         samples=given.samples,
@@ -227,14 +222,6 @@ def _needle(given: argparse.Namespace) -> None:
         limit=given.limit,
         max_length=given.max_length,
         chat=given.chat,
-        batch=given.batch,
-        tokens=given.tokens,
-        seed=given.seed,
-        fresh=given.fresh,
-        device=given.device,
-        dtype=given.dtype,
-        runs=methods(given),
     )
     with Progress() as progress:
-        results = run(options, progress)
-    print_results(given, results, show)
+        print_results(given, run(options, progress), show)

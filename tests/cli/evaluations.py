@@ -15,6 +15,10 @@ from typing import Any
 
 from tokred import cli
 
+#: forks of a process that has no threads, and none of what earlier tests left behind; it imports the libraries once
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "torchvision", "timm", "transformers", "accelerate", "tokred.cli"])
+
 
 def lines(out: Path) -> int:
     """Records there are."""
@@ -26,7 +30,7 @@ def kill_midway(argv: list[str], out: Path, slowed: str, least: int) -> int:
 
     `slowed`: "module:function" that takes a tenth of a second longer there, as it does on larger models.
     """
-    child = multiprocessing.get_context("fork").Process(target=_slowly, args=(argv, slowed))
+    child = PROCESSES.Process(target=_slowly, args=(argv, slowed))
     child.start()
     deadline = time.monotonic() + 240
     while child.is_alive() and time.monotonic() < deadline and lines(out) < least:
@@ -57,8 +61,7 @@ def two_processes(argv: list[str], tmp: Path) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_ranked, args=(argv, rank, port, tmp)) for rank in range(2)]
+    children = [PROCESSES.Process(target=_ranked, args=(argv, rank, port, tmp)) for rank in range(2)]
     for child in children:
         child.start()
     for child in children:

@@ -151,6 +151,58 @@ def test_folder_and_skipping(capsys: pytest.CaptureFixture[str], tmp_path: Path,
     assert "differs in batch (there 4, now 5)" in refused(capsys, *argv, "--out", str(tmp_path / "whole"))
 
 
+def test_what_was_left_out_once_is_looked_at_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path
+) -> None:
+    """Leaving it out is asked for by each command; mended, it is among the others."""
+    import shutil
+
+    broken, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(folder, broken)
+    argv = ["--data", str(broken), *TINY, "--method", "topk keep_rate=0.5", "--batch", "4"]
+    whole = evaluated(capsys, *argv, "--out", str(tmp_path / "whole"))
+    lost = broken / "n01440764" / "4.jpg"
+    data = lost.read_bytes()
+    lost.write_bytes(data[:100])
+    first = evaluated(capsys, *argv, "--skip-unreadable", "--out", str(out))
+    assert first["images"] == 9
+    written = lines(out)
+    assert "4.jpg cannot be read as a picture" in refused(capsys, *argv, "--out", str(out))
+    again = evaluated(capsys, *argv, "--skip-unreadable", "--out", str(out))
+    assert numbers(again) == numbers(first)
+    assert again["time"]["model"] == 0  # the readable ones of its batch are not run again
+    assert lines(out) == written + 2
+    lost.write_bytes(data)
+    mended = evaluated(capsys, *argv, "--out", str(out))
+    assert (mended["images"], mended["unreadable"]) == (10, [])
+    assert numbers(mended) == numbers(whole)
+    lost.write_bytes(data[:100])  # a row more cannot see what the others saw: none counts it
+    more = evaluated(capsys, *argv, "--method", "tome r=1", "--skip-unreadable", "--out", str(out))
+    assert (more["images"], len(more["rows"])) == (9, 3)
+    assert numbers(more)[:2] == numbers(first)
+
+
+def test_other_versions_do_not_go_on_with_a_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what makes the model, or decodes and transforms pictures."""
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    argv = ["--data", str(folder), *TINY, "--count", "2", "--out", str(tmp_path)]
+    evaluated(capsys, *argv)
+    for package in ("timm", "torchvision", "pillow"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, p=package: "0" if name == p else real(name))
+        assert "differs in versions (there " in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(("name", "package"), [("digit-clip", "open_clip_torch"), ("hf:a/b", "transformers")])
+def test_packages_of_a_model(name: str, package: str) -> None:
+    from tokred.eval.imagenet import _packages
+
+    assert _packages(name) == (package, "torchvision", "pillow")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
 @pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="the scenes need scikit-image")
 def test_zero_shot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

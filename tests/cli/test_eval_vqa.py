@@ -106,10 +106,35 @@ def test_a_killed_run_goes_on(pope: Path, vlm_folder: Path, tmp_path: Path, caps
     methods = ("--method", "random_tokens budget=36", "--method", "hired budget=0.25")
     whole = results(capsys, vqa(pope, vlm_folder, tmp_path / "whole", *methods))
     argv = vqa(pope, vlm_folder, tmp_path / "parts", *methods)
-    assert 7 <= kill_midway(argv, tmp_path / "parts", "tokred.eval.vqa:_ask", 7) < 30
+    assert 7 <= kill_midway(argv, tmp_path / "parts", "tokred.eval.vqa_hosts:generated", 7) < 30
     again = results(capsys, argv)
     assert lines(tmp_path / "parts") == 30
     assert numbers(again) == numbers(whole)
+
+
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_a_patch_for_several_batches_answers_as_one_for_each(
+    pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from tokred.eval import vqa as module
+
+    methods = ["hired budget=0.25", "random_tokens budget=36", "fastv budget=36 layer=3", "mustdrop"]
+    options = [part for one in methods for part in ("--method", one)] + ["--batch", batch]
+    patches = []
+    real = module.VLMHost.under
+
+    def under(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        patches.append(method)
+        return real(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(module.VLMHost, "under", under)
+    found = results(capsys, vqa(pope, vlm_folder, tmp_path / "several", *options))
+    several = len(patches)
+    monkeypatch.setattr(module, "TOGETHER", 1)
+    each = results(capsys, vqa(pope, vlm_folder, tmp_path / "each", *options))
+    assert numbers(found) == numbers(each)
+    assert several < len(patches) - several
 
 
 def test_two_processes_give_the_numbers_of_one(
@@ -142,6 +167,29 @@ def test_other_weights_do_not_go_on_with_a_run(
     argv = vqa(pope, folder, tmp_path / "out", "--limit", "2")
     assert "differs in weights (there " in refused(capsys, *argv)
     results(capsys, [*argv, "--fresh"])
+
+
+def test_other_pictures_do_not_go_on_with_a_run(
+    pope: Path, vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same questions about another file of that name, or about files of other names; a folder may be moved."""
+    import shutil
+
+    argv = vqa(pope, vlm_folder, tmp_path / "out", "--limit", "4")
+    first = results(capsys, argv)
+    moved = shutil.copytree(pope, tmp_path / "moved")
+    argv = vqa(moved, vlm_folder, tmp_path / "out", "--limit", "4")
+    assert results(capsys, argv)["rows"] == first["rows"]
+    Image.effect_noise((90, 90), 99).convert("RGB").save(moved / "1.png")
+    line = refused(capsys, *argv)
+    assert f"{moved / '1.png'} has " in line
+    assert "--fresh" in line
+    (moved / "1.png").unlink()
+    (moved / "1.jpg").write_bytes((pope / "1.png").read_bytes())
+    rows = (moved / "coco_pope_random.json").read_text()
+    (moved / "coco_pope_random.json").write_text(rows.replace("1.png", "1.jpg"))
+    assert "differs in digest (there " in refused(capsys, *argv)
+    assert results(capsys, [*argv, "--fresh"])["rows"][0]["metrics"] == first["rows"][0]["metrics"]
 
 
 def test_videos_and_quota(vlm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,6 +448,22 @@ def test_longbench_of_any_model(llm: Path, tmp_path: Path, capsys: pytest.Captur
     assert list(plain["metrics"]) == ["average", "gov_report", "qasper"]
     parts = [plain["metrics"][name]["value"] for name in ("gov_report", "qasper")]
     assert plain["metrics"]["average"]["value"] == pytest.approx(sum(parts) / 2)
+
+
+def test_a_patch_for_several_batches_of_needles(
+    llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokred.eval import needle_eval
+
+    argv = [
+        "eval", "needle", "--model", str(llm), "--lengths", "100,120", "--depths", "3", "--tokens", "2", "--batch", "1",
+        "--method", "gemfilter k=40 layer=1", "--method", "fastv budget=20", "--device", "cpu", "--out",
+    ]  # fmt: skip
+    several = results(capsys, [*argv, str(tmp_path / "several")])
+    monkeypatch.setattr(needle_eval, "TOGETHER", 1)
+    each = results(capsys, [*argv, str(tmp_path / "each")])
+    for one, other in zip(several["rows"], each["rows"], strict=True):
+        assert {**one, "seconds_per_prompt": 0} == {**other, "seconds_per_prompt": 0}
 
 
 def test_a_killed_needle_run_goes_on(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

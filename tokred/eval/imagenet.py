@@ -29,7 +29,7 @@ from tokred.eval.clock import Clock, spent
 from tokred.eval.imagenet_data import Batch, ImageData, Source, open_images
 from tokred.eval.imagenet_reported import Reported, paper_runs, reported
 from tokred.eval.processes import Processes, finish, join
-from tokred.eval.records import Key, Records, check_out, claim, identity, read
+from tokred.eval.records import LEFT_OUT, Key, Records, check_out, claim, complete, identity, read
 from tokred.eval.report import percent, table, token_chain
 from tokred.eval.runs import Chosen, Run, choose, drawn, redrawn
 from tokred.eval.vision import Estimate, mean
@@ -88,6 +88,15 @@ class _Row:
         assert self.records is not None
         return not all(key in self.records for key in keys)
 
+    def leave_out(self, unreadable: Sequence[tuple[int, int, str, str]]) -> None:
+        """Note images that were left out; a later run looks at them again."""
+        assert self.records is not None
+        self.records.append(
+            {"key": key, "label": label, LEFT_OUT: f"{name}: {reason}"}
+            for key, label, name, reason in unreadable
+            if key not in self.records
+        )
+
 
 def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
     """Evaluate, write results.json into `options.out` and return the results (JSON types).
@@ -111,7 +120,7 @@ def run(options: ImagenetOptions, progress: Progress) -> dict[str, Any] | None:
     settings = {
         "task": "imagenet",
         "model": classifier.name,
-        **identity(classifier.model, here.device),
+        **identity(classifier.model, here.device, *_packages(classifier.name)),
         "templates": options.model.templates or "full" if classifier.name.startswith("openclip:") else None,
         "image_size": list(size),
         "images": data.facts,
@@ -169,6 +178,17 @@ def _rows(options: ImagenetOptions, classifier: Classifier, methods: Sequence[Ch
     return rows
 
 
+def _packages(name: str) -> tuple[str, ...]:
+    """What decodes, transforms and computes, besides torch."""
+    if name.startswith("hf:"):
+        kind = "transformers"
+    elif name.startswith("openclip:") or name == "digit-clip":
+        kind = "open_clip_torch"
+    else:
+        kind = "timm"
+    return kind, "torchvision", "pillow"
+
+
 def _has_host(model: nn.Module) -> bool:
     from tokred.adapters.registry import find_host
 
@@ -224,8 +244,9 @@ def _evaluate(
             )
         first = batch.number % len(rows)  # takes turns, so that no row always comes first
         for row in (*rows[first:], *rows[:first]):
-            if row.lacks([*batch.keys, *(key for key, *_ in batch.unreadable)]):
+            if row.lacks(batch.keys):
                 _one(row, batch, here.device, dtype, best, clock, warm=seen > 0)
+            row.leave_out(batch.unreadable)
         if here.first:
             progress.advance(here.count * (len(batch.keys) + len(batch.unreadable)))
     progress.stop()
@@ -265,24 +286,16 @@ def _one(
     """One batch through one row, and its records."""
     if row.handle is not None and row.method is not None and drawn(row.method):
         row.handle.replace(redrawn(row.method, batch.number))
-    top: list[list[int]] = []
     began = time.perf_counter()
-    if batch.keys:
-        top = _predicted(row.model, batch.images, device, dtype, best)
+    top = _predicted(row.model, batch.images, device, dtype, best)
     seconds = time.perf_counter() - began
     clock.model += seconds
     # the first batch of a process waits for kernels and memory: its time says nothing
-    each = round(1000 * seconds / len(batch.keys), 4) if batch.keys and warm else None
+    each = round(1000 * seconds / len(batch.keys), 4) if warm else None
     assert row.records is not None
     row.records.append(
-        [
-            {"key": key, "label": label, "top": found, "batch": batch.number, "ms": each}
-            for key, label, found in zip(batch.keys, batch.labels, top, strict=True)
-        ]
-        + [
-            {"key": key, "label": label, "unreadable": f"{name}: {reason}"}
-            for key, label, name, reason in batch.unreadable
-        ]
+        {"key": key, "label": label, "top": found, "batch": batch.number, "ms": each}
+        for key, label, found in zip(batch.keys, batch.labels, top, strict=True)
     )
 
 
@@ -306,14 +319,15 @@ def _results(
     clock: Clock,
 ) -> dict[str, Any]:
     found = {row.label: read(options.out, row.label) for row in rows}
-    keys = sorted(found[UNPATCHED], key=int)
-    listed = "list" in data.facts  # a stream may say a wrong number
-    if any(set(of) != set(keys) for of in found.values()) or (listed and len(keys) != data.total):
-        raise InvalidParameterError(
-            f"{options.out} lacks records of other processes: --out has to be a folder that all machines share"
-        )
-    unreadable = [found[UNPATCHED][key]["unreadable"] for key in keys if "unreadable" in found[UNPATCHED][key]]
-    seen = [key for key in keys if "top" in found[UNPATCHED][key]]
+    if "list" in data.facts and data.total is not None:  # a stream may say a wrong number
+        keys: list[Key] = list(range(data.total))
+    else:
+        keys = sorted(set().union(*found.values()), key=int)
+    for own in found.values():
+        complete(own, keys, options.out, here.count)
+    left_out = {key: own[key][LEFT_OUT] for key in keys for own in found.values() if LEFT_OUT in own[key]}
+    unreadable = list(left_out.values())
+    seen = [key for key in keys if key not in left_out]
     if not seen:
         raise InvalidParameterError(
             f"none of the {len(keys)} images of {options.source.data} can be read; the first is {unreadable[0]}"

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from tokred.core.errors import InvalidParameterError, nearest
 from tokred.eval.bench import require
+from tokred.eval.data_sets import load_data_set
 from tokred.eval.hub import brief, unreachable, what_to_do
 
 if TYPE_CHECKING:
@@ -448,7 +449,7 @@ def _labels(names: Sequence[str], level: int, what: str, source: Source, into: _
             raise InvalidParameterError(f"{what}: {names[folders.index('')]} lies beside the class folders, in none")
         index = into.of(sorted(set(folders)), what)
         return [index[folder] for folder in folders]
-    given = _read_labels(source.labels, len(names))
+    given = _read_labels(source.labels)
     if isinstance(given, list):  # in the order of the images
         if len(given) != len(names):
             raise InvalidParameterError(f"{source.labels} has {len(given)} labels, and {what} {len(names)} images")
@@ -467,7 +468,7 @@ def _labels(names: Sequence[str], level: int, what: str, source: Source, into: _
     ]
 
 
-def _read_labels(path: Path, images: int) -> list[str | int] | dict[str, str | int]:
+def _read_labels(path: Path) -> list[str | int] | dict[str, str | int]:
     """ImageNet's ids or numbers of classes: of all images in order, or {name without ending: class}.
 
     Read are the devkit (archive or folder; its numbers are its own, and meta.mat says which ids they are), one id a
@@ -705,7 +706,7 @@ def _load(source: Source) -> tuple[Any, str]:
             raise InvalidParameterError(_no_split(name, split, parts))
         return parts[split].to_iterable_dataset(), split
     try:
-        parts = datasets.load_dataset(name, source.config, streaming=True)
+        parts = load_data_set(name, source.config, streaming=True)
     except Exception as error:
         if not where.exists() and unreachable(error):
             raise InvalidParameterError(

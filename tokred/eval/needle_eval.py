@@ -14,7 +14,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,19 +25,18 @@ from torch import Tensor
 from tokred.core.catalog import compatibility
 from tokred.core.decoder import DecoderMethod
 from tokred.core.errors import InvalidParameterError, nearest
-from tokred.core.method import Method
-from tokred.core.patch import patch
+from tokred.core.patch import Patch, patch
 from tokred.eval.bench import Progress, require
 from tokred.eval.clock import Clock, spent
 from tokred.eval.hub import pretrained
 from tokred.eval.inside import tokens_read
 from tokred.eval.longbench import DATASETS, LongQuestion, judge_long, read_longbench, read_prompts, rouge_1
 from tokred.eval.processes import finish, join
-from tokred.eval.records import Records, check_out, claim, identity, read
+from tokred.eval.records import Records, check_out, claim, complete, identity, read
 from tokred.eval.report import percent, signed, table
 from tokred.eval.runs import Run, choose
 from tokred.eval.vision import paired
-from tokred.eval.vqa_hosts import DTYPES, Answers, generated
+from tokred.eval.vqa_hosts import DTYPES, TOGETHER, Answers, generated, parted
 from tokred.eval.vqa_metrics import Metric, gqa_answer, share
 from tokred.eval.vqa_rows import EvalRow, make_rows
 
@@ -208,21 +207,18 @@ class LLMHost:
     def answer(
         self,
         made: tuple[dict[str, Tensor], Tensor],
-        method: Method | None,
         tokens: int,
-        options: Mapping[str, Any] | None = None,
+        handle: Patch | None = None,
     ) -> Answers:
-        """Greedy answers to what `inputs` made, under a method (`options`: of `patch`).
+        """Greedy answers to what `inputs` made, of the model as it is or patched.
 
         What acts before a layer may drop the tokens of the long part.
         """
         inputs, prunable = made
-        with ExitStack() as stack:
-            handle = None
-            if method is not None:
-                handle = stack.enter_context(patch(self.model, method, **(options or {})))
-                if isinstance(method, DecoderMethod):
-                    stack.enter_context(handle.request(prunable=prunable.to(self.model.device)))
+        told: AbstractContextManager[None] = nullcontext()
+        if handle is not None and isinstance(handle.method, DecoderMethod):
+            told = handle.request(prunable=prunable.to(self.model.device))
+        with told:
             output, seconds = generated(
                 self.model, inputs, max_new_tokens=tokens, pad_token_id=self.tokenizer.pad_token_id
             )
@@ -441,7 +437,8 @@ def run(options: NeedleOptions, progress: Progress) -> dict[str, Any] | None:
     batches = _batches(cases, options.batch)
     clock = Clock()
     with clock.running():
-        _ask_all(host, rows, batches[processes.rank :: processes.count], options.out, processes.rank, clock, progress)
+        own = batches[processes.rank :: processes.count]
+        _ask_all(host, rows, own, options.batch, options.out, processes.rank, clock, progress)
     processes.wait()
     if not processes.first:
         processes.leave()
@@ -455,7 +452,7 @@ def run(options: NeedleOptions, progress: Progress) -> dict[str, Any] | None:
         "machine": {"torch": torch.__version__, "device": str(host.model.device), "dtype": str(host.model.dtype)},
         "batch": options.batch,
         "processes": processes.count,
-        "rows": _measured(options, host, rows, cases),
+        "rows": _measured(options, host, rows, cases, processes.count),
         "time": clock.to_dict(),
         "files": {"results": str(options.out / "results.json"), "records": str(options.out / "records")},
     }
@@ -499,6 +496,7 @@ def _ask_all(
     host: LLMHost,
     rows: Sequence[EvalRow],
     batches: Sequence[Sequence[Case]],
+    size: int,
     out: Path,
     rank: int,
     clock: Clock,
@@ -508,26 +506,45 @@ def _ask_all(
     progress.quiet = progress.quiet or rank > 0
     progress.start("answers", len(rows) * sum(map(len, batches)), "answers")
     try:
-        for batch in batches:
-            inputs = None
-            for row, records in zip(rows, kept, strict=True):
-                if not all(case.id in records for case in batch):
-                    if inputs is None:
-                        with clock.loading():
-                            inputs = host.inputs(batch)
-                    answers = host.answer(inputs, row.method, batch[0].tokens, row.options)
-                    clock.model += answers.seconds
-                    said = zip(batch, answers.texts, answers.tokens, answers.read, strict=True)
-                    records.append(
-                        {"key": c.id, "answer": a, "tokens": t, "read": r, "seconds": answers.seconds / len(batch)}
-                        for c, a, t, r in said
-                        if c.id not in records
-                    )
-                progress.advance(len(batch))
+        for part in parted(batches, max(TOGETHER // size, 1)):
+            _ask(host, part, rows, kept, clock, progress)
     finally:
         progress.stop()
         for records in kept:
             records.close()
+
+
+def _ask(
+    host: LLMHost,
+    part: Sequence[Sequence[Case]],
+    rows: Sequence[EvalRow],
+    kept: Sequence[Records],
+    clock: Clock,
+    progress: Progress,
+) -> None:
+    """Some batches under the rows that have not answered them, each row patched once for all that it has not."""
+    prepared: dict[str, Any] = {}
+    for row, records in zip(rows, kept, strict=True):
+        waiting = [batch for batch in part if not all(case.id in records for case in batch)]
+        progress.advance(sum(map(len, part)) - sum(map(len, waiting)))
+        if not waiting:
+            continue
+        patched = nullcontext() if row.method is None else patch(host.model, row.method, **row.options)
+        with patched as handle:
+            for batch in waiting:
+                first = batch[0].id
+                if first not in prepared:
+                    with clock.loading():
+                        prepared[first] = host.inputs(batch)
+                answers = host.answer(prepared[first], batch[0].tokens, handle)
+                clock.model += answers.seconds
+                said = zip(batch, answers.texts, answers.tokens, answers.read, strict=True)
+                records.append(
+                    {"key": c.id, "answer": a, "tokens": t, "read": r, "seconds": answers.seconds / len(batch)}
+                    for c, a, t, r in said
+                    if c.id not in records
+                )
+                progress.advance(len(batch))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -540,14 +557,13 @@ def _score(case: Case, said: str, bundled: bool) -> float:
 
 
 def _measured(
-    options: NeedleOptions, host: LLMHost, rows: Sequence[EvalRow], cases: Sequence[Case]
+    options: NeedleOptions, host: LLMHost, rows: Sequence[EvalRow], cases: Sequence[Case], processes: int
 ) -> list[dict[str, Any]]:
     plain: list[str] = []
     plain_scores = torch.empty(0)
     measured = []
     for row in rows:
-        records = read(options.out, row.key)
-        own = [records[case.id] for case in cases]
+        own = complete(read(options.out, row.key), [case.id for case in cases], options.out, processes)
         said = [record["answer"] for record in own]
         scores = torch.tensor([_score(c, a, host.bundled) for c, a in zip(cases, said, strict=True)]).double()
         metrics = _metrics(options, host, cases, said, scores)

@@ -61,7 +61,8 @@ def join(device: str | None = None) -> Processes:
     """Find the other processes, if the environment names any.
 
     Args:
-        device: "cpu", "cuda" ...; None is CUDA where there is one. Of several processes each has its own.
+        device: "cpu", "cuda" ...; None is CUDA where there is one. Of several processes each has its own, and
+            "cuda:1" is refused.
 
     Raises:
         InvalidParameterError: no such device here. MissingExtraError: several processes without accelerate.
@@ -70,12 +71,24 @@ def join(device: str | None = None) -> Processes:
         require("eval", "accelerate", what="an evaluation by several processes")
         from accelerate import PartialState
 
-        on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+        wanted = _device(device, several=True)
+        on_cpu = wanted.type == "cpu"
         state = PartialState(cpu=on_cpu)  # without it accelerate starts no group of CPU processes
         return Processes(state.process_index, state.num_processes, state.device, state)
+    return Processes(0, 1, _device(device))
+
+
+def _device(name: str | None, several: bool = False) -> torch.device:
+    """A device that is here; of `several` processes without a number."""
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=found)
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if several and found.index is not None:
+            raise InvalidParameterError(
+                f"--device {name}: each of several processes takes a device of its own; say --device {found.type}, and "
+                "which GPUs may be taken by CUDA_VISIBLE_DEVICES"
+            )
+        if not several or not torch.cuda.is_available():  # those on other GPUs need no memory of the first
+            torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidParameterError(f"--device {device}: {brief(error)}; expected cpu, cuda or cuda:N") from error
-    return Processes(0, 1, found)
+        raise InvalidParameterError(f"--device {name}: {brief(error)}; expected cpu, cuda or cuda:N") from error
+    return found

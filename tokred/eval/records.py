@@ -9,6 +9,7 @@
     read(out, "tome r=8")                                    # {17: {"key": 17, "answer": "two"}}, of all processes
 
 What was written before a kill stays: a line that was cut short is dropped, an item that was written twice counts once.
+A record with "unreadable" in it notes that an item was left out: it is read like others, and is still to be done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,10 +29,14 @@ from torch import Tensor, nn
 from tokred import __version__
 from tokred.core.errors import InvalidParameterError
 
-__all__ = ["Key", "Records", "check_out", "claim", "digest", "identity", "read"]
+__all__ = ["Key", "Records", "check_out", "claim", "complete", "digest", "identity", "read"]
 
 Key: TypeAlias = int | str
 FOLDER, SETTINGS = "records", "run.json"
+LEFT_OUT = "unreadable"
+#: in every settings file of ours: another program may have written a run.json, too
+MARK = ("written by", "tokred eval")
+_NAME = re.compile(r"[A-Za-z0-9_=+-]*-[0-9a-f]{8}\.\d+\.jsonl")
 
 
 def identity(model: nn.Module, device: torch.device, *packages: str) -> dict[str, Any]:
@@ -80,22 +84,23 @@ def check_out(out: Path) -> None:
 def claim(out: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
     """Make `out` the folder of the evaluation that `settings` (JSON types) describe, or go on with it.
 
-    Call it in one process, before any `Records` there. `fresh` removes the records of whatever was there.
+    Call it in one process, before any `Records` there. `fresh` removes the records of the evaluation that was there,
+    and no other file.
 
     Raises:
-        InvalidParameterError: the folder holds another evaluation, or something that is not ours to overwrite.
+        InvalidParameterError: the folder holds another evaluation, records of which nothing is known, or something that
+            is not ours to overwrite.
     """
-    path, wanted = out / SETTINGS, json.loads(json.dumps(settings))
+    path, wanted = out / SETTINGS, json.loads(json.dumps({**settings, MARK[0]: MARK[1]}))
     check_out(out)
     if fresh:
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
-        path.unlink(missing_ok=True)
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(found, dict)
-        except (ValueError, AssertionError):
-            raise InvalidParameterError(f"{path} is damaged; delete it, or give another --out") from None
+        _forget(out)
+    elif path.exists():
+        found = _settings(path)
+        if found is None:
+            raise InvalidParameterError(f"{path} is damaged; begin anew with --fresh, or give another --out")
+        if found.get(MARK[0]) != MARK[1]:
+            raise InvalidParameterError(f"{path} is of another program; give another --out")
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
             parts = (f"{k} (there {_brief(found.get(k))}, now {_brief(wanted.get(k))})" for k in differing)
@@ -104,6 +109,15 @@ def claim(out: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
                 "to begin anew"
             )
         return
+    else:
+        ours, others = _files(out)
+        if others:
+            raise InvalidParameterError(f"{others[0]} is no record of an evaluation; give another --out")
+        if ours:
+            raise InvalidParameterError(
+                f"{out} holds records of an unknown evaluation, for its {SETTINGS} is gone; begin anew with --fresh, "
+                "or give another --out"
+            )
     try:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,6 +125,49 @@ def claim(out: Path, settings: Mapping[str, Any], fresh: bool = False) -> None:
     half = path.with_suffix(".part")
     half.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
     os.replace(half, path)
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """None where the file is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _files(out: Path) -> tuple[list[Path], list[Path]]:
+    """What lies where records go: files that are named as ours are, and all else."""
+    folder = out / FOLDER
+    if not folder.is_dir():
+        return [], [folder] if folder.exists() else []
+    found = sorted(folder.iterdir())
+    ours = [path for path in found if _NAME.fullmatch(path.name) and path.is_file()]
+    return ours, [path for path in found if path not in ours]
+
+
+def _forget(out: Path) -> None:
+    """Remove an evaluation of ours: its settings say so, or they are lost and nothing but records is there.
+
+    Raises:
+        InvalidParameterError: it is not ours, or cannot be removed.
+    """
+    path = out / SETTINGS
+    ours, others = _files(out)
+    found = _settings(path) if path.exists() else None
+    if found is not None and found.get(MARK[0]) != MARK[1]:
+        raise InvalidParameterError(f"--fresh: {path} is of another program, and stays; give another --out")
+    if found is None and others:
+        raise InvalidParameterError(
+            f"--fresh: {others[0]} is no record of an evaluation, and stays; give another --out"
+        )
+    if found is None and path.exists() and not ours:
+        raise InvalidParameterError(f"--fresh: {path} is damaged and no records are there, so it stays; remove it")
+    for one in (*ours, *([path] if path.exists() else [])):  # the settings last: a kill leaves no record without them
+        try:
+            one.unlink()
+        except OSError as error:
+            raise InvalidParameterError(f"--fresh: {one} cannot be removed ({error.strerror})") from error
 
 
 def _brief(value: Any) -> str:
@@ -121,12 +178,16 @@ def _brief(value: Any) -> str:
 class Records:
     """What is recorded under one name, and where this process adds to it. Also a context manager that closes the file.
 
+    Attributes:
+        done: {key: record} of all processes, without what was left out.
+
     Args:
         out: folder that was claimed. name: of the row, any text. rank: of the process; no two write one file.
     """
 
     def __init__(self, out: Path, name: str, rank: int = 0) -> None:
-        self.done: dict[Key, dict[str, Any]] = read(out, name)
+        found = read(out, name)
+        self.done: dict[Key, dict[str, Any]] = {k: record for k, record in found.items() if LEFT_OUT not in record}
         path = _stem(out, name).with_suffix(f".{rank}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
@@ -143,7 +204,8 @@ class Records:
         """Write records, each with a "key" (an int or a string) and JSON values; they are on their way to the disk."""
         lines = []
         for record in records:
-            self.done[record["key"]] = dict(record)
+            if LEFT_OUT not in record:
+                self.done[record["key"]] = dict(record)
             lines.append(json.dumps(record, separators=(",", ":"), ensure_ascii=False))
         if lines:
             self._file.write(("\n".join(lines) + "\n").encode())
@@ -162,6 +224,8 @@ class Records:
 def read(out: Path, name: str) -> dict[Key, dict[str, Any]]:
     """{key: record} of one name, of all processes, in the order of the keys' first lines.
 
+    Of several records of a key the last counts; one that was left out only where there is no other.
+
     Raises:
         InvalidParameterError: a line in the middle of a file is no record.
     """
@@ -171,12 +235,33 @@ def read(out: Path, name: str) -> dict[Key, dict[str, Any]]:
         for number, line in enumerate(_whole(path.read_bytes()).splitlines(), 1):
             try:
                 record = json.loads(line)
-                found[record["key"]] = record
+                if LEFT_OUT not in record or LEFT_OUT in found.get(record["key"], record):
+                    found[record["key"]] = record
             except (ValueError, TypeError, KeyError):
                 raise InvalidParameterError(
                     f"{path}, line {number}, is no record; delete the line, or begin anew with --fresh"
                 ) from None
     return found
+
+
+def complete(
+    found: Mapping[Key, Mapping[str, Any]], keys: Iterable[Key], out: Path, processes: int
+) -> list[Mapping[str, Any]]:
+    """The records of `keys`, in their order, of those that were `read`.
+
+    Raises:
+        InvalidParameterError: some are not there.
+    """
+    keys = list(keys)
+    missing = [key for key in keys if key not in found]
+    if missing:
+        why = (
+            "those of other processes: --out has to be a folder that all machines share"
+            if processes > 1
+            else "something removed them during the run; run the same command again"
+        )
+        raise InvalidParameterError(f"{out} lacks {len(missing)} of {len(keys)} records of a row, {why}")
+    return [found[key] for key in keys]
 
 
 def _whole(data: bytes) -> bytes:

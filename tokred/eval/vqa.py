@@ -27,19 +27,20 @@ from tokred.core.errors import InvalidParameterError
 from tokred.eval.bench import Progress, require
 from tokred.eval.clock import Clock, spent
 from tokred.eval.processes import Processes, finish, join
-from tokred.eval.records import Records, check_out, claim, digest, identity, read
+from tokred.eval.records import Records, check_out, claim, complete, digest, identity, read
 from tokred.eval.report import percent, signed, table
 from tokred.eval.runs import Chosen, Run, choose
 from tokred.eval.vision import paired
 from tokred.eval.vqa_formats import BENCHMARKS, Question, Source, benchmark, read_questions
-from tokred.eval.vqa_hosts import BUNDLED, VLMHost, frame_scorer, load_vlm
-from tokred.eval.vqa_media import Picture, Video
+from tokred.eval.vqa_hosts import BUNDLED, TOGETHER, Answers, VLMHost, frame_scorer, load_vlm, parted
+from tokred.eval.vqa_media import Picture, Video, path_of, size_of
 from tokred.eval.vqa_metrics import (
     Metric,
     anls,
     choice,
     gqa_answer,
     group_numbers,
+    joined,
     mme_answer,
     mme_scores,
     normalise_textvqa,
@@ -115,7 +116,7 @@ class VqaOptions:
 
 @dataclass(eq=False)
 class _Run:
-    """Everything that does not change from batch to batch."""
+    """Everything that does not change from batch to batch. `sizes`: of pictures and videos that are files."""
 
     host: VLMHost
     media: str
@@ -127,12 +128,18 @@ class _Run:
     method_frames: int
     scorer: Any
     equal: bool
+    sizes: Mapping[Path, int]
 
     def batches(self, size: int) -> list[list[Question]]:
         """Questions with a picture or video first, for one call cannot hold both sorts."""
         seen = [one for one in self.questions if one.media is not None]
         blind = [one for one in self.questions if one.media is None]
         return [part[i : i + size] for part in (seen, blind) for i in range(0, len(part), size)]
+
+    def size(self, question: Question) -> int | None:
+        """Bytes of its picture or video; None where that is no file."""
+        path = path_of(question.media)
+        return None if path is None else self.sizes[path]
 
     def frames_of(self, row: EvalRow) -> int:
         return self.frames if row.method is None else self.method_frames
@@ -178,7 +185,7 @@ def run(options: VqaOptions, progress: Progress) -> dict[str, Any] | None:
         "machine": {"torch": torch.__version__, "device": str(host.model.device), "dtype": str(host.model.dtype)},
         "batch": options.batch,
         "processes": processes.count,
-        "rows": _measured(made, options),
+        "rows": _measured(made, options, processes.count),
         "time": clock.to_dict(),
         "files": {"results": str(options.out / "results.json"), "records": str(options.out / "records")},
     }
@@ -249,6 +256,7 @@ def _prepared(
         options.method_frames or frames,
         scorer,
         options.scorer == "equal",
+        {path: size_of(path) for path in {path_of(one.media) for one in questions} if path is not None},
     )
 
 
@@ -301,14 +309,14 @@ def _drawn(image: Tensor) -> Any:
 
 def _settings(options: VqaOptions, made: _Run) -> dict[str, Any]:
     """What must not change when a run goes on; rows may come and go."""
-    told = [[one.id, one.text, list(one.answers)] for one in made.questions]
+    told = [[one.id, one.text, list(one.answers), _inside(options.source, one)] for one in made.questions]
     return {
         "task": "vqa",
         "benchmark": options.benchmark,
         "model": options.model,
         "questions": len(made.questions),
         "digest": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
-        **identity(made.host.model, made.host.model.device, "transformers"),
+        **identity(made.host.model, made.host.model.device, "transformers", "torchvision", "pillow"),
         "batch": options.batch,
         "instruction": made.instruction,
         "prompt": options.prompt,
@@ -320,21 +328,37 @@ def _settings(options: VqaOptions, made: _Run) -> dict[str, Any]:
     }
 
 
+def _inside(source: Source | None, question: Question) -> str | None:
+    """The name of the file that a question is about, which a folder keeps that is moved."""
+    path = path_of(question.media)
+    if path is None or source is None:
+        return None
+    for folder in (source.images, source.videos, Path(source.data)):
+        if folder is not None and path.is_relative_to(folder):
+            return path.relative_to(folder).as_posix()
+    return path.name
+
+
+def _check_media(made: _Run, records: Records) -> None:
+    """Refuse to go on where an answer was about another file of that name."""
+    for one in made.questions:
+        if one.id in records and records.done[one.id].get("bytes") != made.size(one):
+            raise InvalidParameterError(
+                f"{path_of(one.media)} has {made.size(one)} bytes, and had {records.done[one.id].get('bytes')} when "
+                "its question was answered; put that file back, or begin anew with --fresh"
+            )
+
+
 def _ask_all(made: _Run, options: VqaOptions, processes: Processes, clock: Clock, progress: Progress) -> None:
     batches = list(enumerate(made.batches(options.batch)))[processes.rank :: processes.count]
     kept = [Records(options.out, row.key, processes.rank) for row in made.rows]
     progress.quiet = progress.quiet or not processes.first
     progress.start("answers", len(made.rows) * sum(len(batch) for _, batch in batches), "answers")
     try:
-        for number, batch in batches:
-            waiting = []
-            for row, records in zip(made.rows, kept, strict=True):
-                if all(one.id in records for one in batch):
-                    progress.advance(len(batch))
-                else:
-                    waiting.append((row, records))
-            if waiting:
-                _ask(made, number, batch, waiting, clock, progress, options.seed)
+        for records in kept:
+            _check_media(made, records)
+        for part in parted(batches, 1 if made.media == "video" else max(TOGETHER // options.batch, 1)):
+            _ask(made, part, kept, clock, progress, options.seed)
     finally:
         progress.stop()
         for records in kept:
@@ -343,32 +367,45 @@ def _ask_all(made: _Run, options: VqaOptions, processes: Processes, clock: Clock
 
 def _ask(
     made: _Run,
-    number: int,
-    batch: Sequence[Question],
-    waiting: Sequence[tuple[EvalRow, Records]],
+    part: Sequence[tuple[int, Sequence[Question]]],
+    kept: Sequence[Records],
     clock: Clock,
     progress: Progress,
     seed: int,
 ) -> None:
-    """One batch under the rows that have not answered it."""
+    """Some batches under the rows that have not answered them, each row patched once for all that it has not."""
     host, prepared = made.host, {}
-    asked = [one.text for one in batch]
-    for row, records in waiting:
-        count = made.frames_of(row)
-        if count not in prepared:
-            with clock.loading():
-                prepared[count] = _inputs(made, batch, count)
-        inputs, frame_counts = prepared[count]
-        method = row.numbered(seed + number)
-        with host.under(method, asked, frame_counts, made.equal, row.options) as handle:
-            answers = host.answer(inputs, made.tokens, handle)
-        clock.model += answers.seconds
-        records.append(
-            {"key": one.id, "answer": text, "tokens": tokens, "read": read, "seconds": answers.seconds / len(batch)}
-            for one, text, tokens, read in zip(batch, answers.texts, answers.tokens, answers.read, strict=True)
-            if one.id not in records
-        )
-        progress.advance(len(batch))
+    for row, records in zip(made.rows, kept, strict=True):
+        waiting = [(number, batch) for number, batch in part if not all(one.id in records for one in batch)]
+        progress.advance(sum(len(batch) for _, batch in part) - sum(len(batch) for _, batch in waiting))
+        for own in parted(waiting, 1) if row.random else [waiting] if waiting else []:
+            with host.under(row.numbered(seed + own[0][0]), options=row.options) as handle:
+                for number, batch in own:
+                    key = number, made.frames_of(row)
+                    if key not in prepared:
+                        with clock.loading():
+                            prepared[key] = _inputs(made, batch, made.frames_of(row))
+                    inputs, frame_counts = prepared[key]
+                    with host.told(handle, [one.text for one in batch], frame_counts, made.equal):
+                        answers = host.answer(inputs, made.tokens, handle)
+                    clock.model += answers.seconds
+                    _record(made, batch, answers, records)
+                    progress.advance(len(batch))
+
+
+def _record(made: _Run, batch: Sequence[Question], answers: Answers, records: Records) -> None:
+    records.append(
+        {
+            "key": one.id,
+            "answer": text,
+            "tokens": tokens,
+            "read": read,
+            "seconds": answers.seconds / len(batch),
+            "bytes": made.size(one),
+        }
+        for one, text, tokens, read in zip(batch, answers.texts, answers.tokens, answers.read, strict=True)
+        if one.id not in records
+    )
 
 
 def _inputs(made: _Run, batch: Sequence[Question], frames: int) -> tuple[Any, list[int]]:
@@ -489,18 +526,18 @@ def _split(questions: Sequence[Question]) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def _measured(made: _Run, options: VqaOptions) -> list[dict[str, Any]]:
+def _measured(made: _Run, options: VqaOptions, processes: int) -> list[dict[str, Any]]:
     questions = [one for batch in made.batches(options.batch) for one in batch]
-    shared = torch.arange(len(questions)) // options.batch
     groups = group_numbers([one.group or one.id for one in questions])
+    drawn_together = [number for number, batch in enumerate(made.batches(options.batch)) for _ in batch]
+    shared = joined(groups, torch.tensor(drawn_together))
     asked = [name for name, _ in options.runs or ()]
-    plain: list[dict[str, Any]] = []
+    plain: Sequence[Mapping[str, Any]] = []
     plain_scores = torch.empty(0)
     measured = []
     name = options.benchmark + ("+subtitles" if options.source is not None and options.source.subtitles else "")
     for row in made.rows:
-        records = read(options.out, row.key)
-        own = [records[one.id] for one in questions]
+        own = complete(read(options.out, row.key), [one.id for one in questions], options.out, processes)
         answers = [record["answer"] for record in own]
         scores = torch.tensor([judge(options.benchmark, a, q) for a, q in zip(answers, questions, strict=True)])
         scores = scores.double()

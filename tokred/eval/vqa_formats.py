@@ -7,6 +7,7 @@ said with its line and field, before anything is measured.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tokred.core.errors import InvalidParameterError, TokredError, nearest
+from tokred.eval.data_sets import load_data_set
 from tokred.eval.hub import brief, unreachable, what_to_do
 from tokred.eval.vqa_media import Picture, Video, find_picture, find_video
 
@@ -288,23 +290,21 @@ def _dataset_rows(found: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def _hub_rows(source: Source, hub: tuple[str, str | None, str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        import datasets
-    except ImportError as error:
+    if importlib.util.find_spec("datasets") is None:
         raise ImportError(
             f"--data {source.data} is no path here, and data sets of the hub need datasets; run: "
             'pip install "tokred[eval]"'
-        ) from error
+        )
     usual = hub if hub is not None and hub[0] == source.data else None
     config = source.config or (usual[1] if usual else None)
     split = source.split or (usual[2] if usual else "test")
     name = f"{source.data} ({split})"
     try:
         if source.limit is not None:  # a few rows are not worth the download of all
-            streamed = datasets.load_dataset(source.data, config, split=split, streaming=True)
+            streamed = load_data_set(source.data, config, split=split, streaming=True)
             yield from ((f"{name}, row {i}", row) for i, row in enumerate(streamed.take(source.limit)))
             return
-        found = datasets.load_dataset(source.data, config, split=split)
+        found = load_data_set(source.data, config, split=split)
     except Exception as error:
         if unreachable(error):
             raise DataFormatError(

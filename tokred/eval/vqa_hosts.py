@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +20,17 @@ from tokred.eval.bench import require
 from tokred.eval.hub import brief, impatient, pretrained, unreachable, what_to_do
 from tokred.eval.inside import tokens_read
 
-__all__ = ["BUNDLED", "Answers", "VLMHost", "frame_scorer", "generated", "load_vlm"]
+__all__ = ["BUNDLED", "TOGETHER", "Answers", "VLMHost", "frame_scorer", "generated", "load_vlm", "parted"]
 
 #: bundled models: what they are asked about, and their prompt
 BUNDLED = {"digit-vlm": "image", "digit-video-vlm": "video"}
 _DIGIT_PROMPT = "{media} USER : {question} ASSISTANT :"
+#: prompts of small batches that a row answers under one patch: patching anew for each costs milliseconds
+TOGETHER = 8
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+T = TypeVar("T")
 
 
 class Answers(NamedTuple):
@@ -49,6 +54,11 @@ def generated(model: Any, inputs: Mapping[str, Any], **settings: Any) -> tuple[T
     start = _now(model.device)
     output = model.generate(**inputs, **settings)
     return output, _now(model.device) - start
+
+
+def parted(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Runs of `size` neighbours."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _now(device: torch.device) -> float:
@@ -181,14 +191,20 @@ class VLMHost:
         if method is None:
             yield None
             return
-        with contextlib.ExitStack() as given:
-            handle = given.enter_context(patch(self.model, method, processor=self.processor, **(options or {})))
-            if isinstance(method, VisualMethod) and questions:
-                told: dict[str, Any] = {"query": list(questions)}
-                if equal and method.name == "quota" and frame_counts:
-                    told["frame_scores"] = [torch.full((count,), 0.5) for count in frame_counts]
-                given.enter_context(handle.request(**told))
+        made = patch(self.model, method, processor=self.processor, **(options or {}))
+        with made as handle, self.told(handle, questions, frame_counts, equal):
             yield handle
+
+    def told(
+        self, handle: Patch | None, questions: Sequence[str], frame_counts: Sequence[int] = (), equal: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Inside, the method of a patch knows the questions (of `under`) of the batch that is answered."""
+        if handle is None or not isinstance(handle.method, VisualMethod) or not questions:
+            return contextlib.nullcontext()
+        told: dict[str, Any] = {"query": list(questions)}
+        if equal and handle.method.name == "quota" and frame_counts:
+            told["frame_scores"] = [torch.full((count,), 0.5) for count in frame_counts]
+        return handle.request(**told)
 
 
 def load_vlm(

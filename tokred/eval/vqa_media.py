@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-__all__ = ["MediaError", "Picture", "Video", "find_picture", "find_video", "read_frames"]
+__all__ = ["MediaError", "Picture", "Video", "find_picture", "find_video", "path_of", "read_frames", "size_of"]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -27,10 +27,14 @@ class MediaError(TokredError, OSError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is not open yet. `name` is one for all questions about it; `load` may raise anything."""
+    """A picture that is not open yet. `name` is one for all questions about it; `load` may raise anything.
+
+    `path`: of a picture that is a file.
+    """
 
     name: str
     load: Callable[[], Any]
+    path: Path | None = None
 
     @classmethod
     def of_file(cls, path: Path) -> Picture:
@@ -39,7 +43,7 @@ class Picture:
 
             return Image.open(path)
 
-        return cls(str(path), load)
+        return cls(str(path), load, path)
 
     def open(self) -> Image:
         """RGB. `MediaError` names what cannot be read."""
@@ -72,6 +76,20 @@ class Video:
                 f"{self.name} cannot be read as a video ({brief(error)}); put a whole copy there, or a folder of its "
                 "frames, and run again: answers so far are kept"
             ) from error
+
+
+def path_of(media: Picture | Video | None) -> Path | None:
+    """The file or folder; None of what is drawn or lies in a row."""
+    if isinstance(media, Video):
+        return media.source if isinstance(media.source, Path) else None
+    return None if media is None else media.path
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all frames of a folder."""
+    if path.is_dir():
+        return sum(one.stat().st_size for one in path.iterdir() if one.suffix.lower() in PICTURES)
+    return path.stat().st_size
 
 
 def _middles(total: int, count: int) -> list[int]:

@@ -24,6 +24,8 @@ __all__ = [
     "anls",
     "choice",
     "gqa_answer",
+    "group_numbers",
+    "joined",
     "mme_answer",
     "mme_scores",
     "normalise_textvqa",
@@ -286,3 +288,20 @@ def group_numbers(names: Sequence[str]) -> Tensor:
     """(N,) int64: the same number for the same name."""
     numbers: Mapping[str, int] = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
+
+
+def joined(*groupings: Tensor) -> Tensor:
+    """(N,) int64: the same number for what one of the groupings, (N,) int64 each, puts together, over any detours."""
+    above = list(range(len(groupings[0])))
+
+    def first(i: int) -> int:
+        while above[i] != i:
+            above[i] = above[above[i]]
+            i = above[i]
+        return i
+
+    for grouping in groupings:
+        seen: dict[int, int] = {}
+        for i, number in enumerate(grouping.tolist()):
+            above[first(i)] = first(seen.setdefault(number, i))
+    return torch.tensor([first(i) for i in range(len(above))], dtype=torch.int64)

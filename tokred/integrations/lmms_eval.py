@@ -80,8 +80,9 @@ class TokredHF(Base):
         processes = join(None if device is None else str(device))
         self._rank, self._world_size = processes.rank, processes.count
         self.host: VLMHost = load_vlm(pretrained, processes.device, dtype, prompt)
-        if chosen is not None and chosen.name == "quota" and scorer is not None:
-            chosen = chosen.replace(scorer=frame_scorer(scorer, self.host))
+        if chosen is not None and chosen.name == "quota":
+            found = frame_scorer(scorer, self.host)
+            chosen = chosen if found is None else chosen.replace(scorer=found)
         self.method = chosen
         self.batch_size = int(batch_size)
         self.frames, self.equal, self.system_prompt = int(max_num_frames), scorer == "equal", system_prompt
