@@ -41,6 +41,7 @@ import tokred
 from tokred.adapters.registry import find_host
 from tokred.core.diffusion import DenoiserInfo, DiffusionBlock, DiffusionMethod
 from tokred.core.tokens import Merge
+from tokred.eval.leaderboard_diffusion import UNET
 
 SD15 = {
     "sample_size": 64,
@@ -51,16 +52,7 @@ SD15 = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-TINY = {
-    "sample_size": 16,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "cross_attention_dim": 16,
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-}
+TINY = {"sample_size": 16, **UNET}
 TARGET = 0.90  # of the limit by multiply-adds
 WORDS = 77
 

@@ -230,8 +230,8 @@ def _add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--all",
         action="store_true",
-        help="every method on every bundled model, as one page; goes with --fast, --out, --threads, --seed, --split, "
-        "--rounds and --json",
+        help="every method on bundled models, as one page that says what is measured where; goes with --fast, --out, "
+        "--threads, --seed, --split, --rounds and --json",
     )
     made.add_argument("--task", help=f"what to measure (default: vit). {each(lambda t: t.about)}")
     made.add_argument("--methods", type=_names, metavar="A,B", help=f"defaults: {each(lambda t: t.methods)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("timm")
@@ -26,6 +27,7 @@ pytest.importorskip("matplotlib")
 import tokred
 from tests.browser import browser, visit  # noqa: F401 (browser is a fixture)
 from tokred import cli
+from tokred.core.catalog import compatibility
 from tokred.core.errors import InvalidParameterError
 from tokred.core.method import registered
 from tokred.eval import leaderboard
@@ -145,6 +147,59 @@ def test_every_method_is_on_the_page(made: Made) -> None:
         assert len({row["label"] for row in mine}) >= 1
         shown = [cells for where in entry["sections"] for cells in found.rows[where]]
         assert all(row["cells"] in shown for row in mine)
+
+
+#: Methods that fit a bundled model and that no part runs on it.
+LEFT_OUT = {
+    "digit-clip": {"random_tokens", "tome", "topk", "zero_tprune"},
+    "digit-vlm, images": {"tome", "topk", "zero_tprune"},
+    "digit-video-vlm, clips": {"tome", "topk", "zero_tprune", "mustdrop"},
+}
+
+
+@pytest.mark.parametrize("model", leaderboard.MODELS, ids=lambda model: model.name)
+def test_every_method_that_fits_a_model_is_measured_on_it_or_said_to_be_left_out(
+    made: Made, model: leaderboard.Model
+) -> None:
+    measured_, fits = set(), set()
+    for name, method in made.results["methods"].items():
+        own = method["models"][model.name]
+        rows = {
+            section["name"]
+            for part in made.results["parts"]
+            if part["name"] in model.parts
+            for section in part["sections"]
+            if any(row.get("method") == name for row in section["rows"])
+        }
+        assert rows == (set() if isinstance(own, str) else set(own)), name
+        if own == "fits":
+            fits.add(name)
+        elif own == "no":
+            only_videos = name in ("evs", "quota") and model.media == "image"
+            assert only_videos or not compatibility()[name][model.family], name
+        else:
+            assert compatibility()[name][model.family]
+            measured_.add(name)
+    assert fits & set(tokred_methods()) == LEFT_OUT.get(model.name, set())
+    assert bool(measured_) == bool(model.parts)
+
+
+def tokred_methods() -> list[str]:
+    return [name for name, cls in registered().items() if cls.__module__.startswith("tokred.")]
+
+
+def test_table_of_methods_and_models_is_on_the_page(made: Made) -> None:
+    table = made.html[made.html.index('<table class="methods">') :].partition("</table>")[0]
+    heads, *rows = re.findall(r"<tr>(.*?)</tr>", table)
+    assert re.findall(r"<th[^>]*>(.*?)</th>", heads) == ["method", *(model.name for model in leaderboard.MODELS)]
+    told = {"fits": "fits, not run", "no": "–"}
+    for row, method in zip(rows, made.results["methods"].values(), strict=True):
+        assert method["title"] in row
+        for cell, own in zip(re.findall(r"<td.*?>(.*?)</td>", row), method["models"].values(), strict=True):
+            if isinstance(own, str):
+                assert cell == told[own]
+            else:
+                assert re.findall(r'href="#([^"]+)"', cell) == own
 
 
 def test_every_bundled_backbone_and_tokenizer_is_on_the_page(made: Made) -> None:
@@ -293,6 +348,7 @@ class Fake:
                 "rows": [row],
                 "legend": "",
                 "command": "tokred bench",
+                "more": "More examples",
                 "plot": None,
                 "headline": "",
                 "pictures": [{"file": results["file"], "caption": "a picture"}],
@@ -330,6 +386,11 @@ def test_failed_part_is_named_and_the_others_stay(tmp_path: Path) -> None:
     assert results["failed"] == {}
     assert results["methods"]["evs"]["absent"] == "no bundled task runs it"
     assert not list(tmp_path.glob("part-*"))
+    first = results["parts"][0]["date"]
+    head = (tmp_path / "leaderboard.html").read_text().partition("<nav")[0]
+    assert head.count("measured before") == 1
+    assert f"one 0 s (measured before, {first})" in head
+    assert f"measured before, {first}" in leaderboard.show(results)
 
 
 def test_interrupted_run_goes_on_and_ends_with_the_same_page(tmp_path: Path) -> None:
@@ -353,6 +414,52 @@ def test_part_of_another_run_is_measured_again(tmp_path: Path, other: dict[str, 
     measured(fakes, tmp_path)
     measured(fakes, tmp_path, **other)
     assert [len(fake.runs) for fake in fakes] == [2, 2]
+
+
+@pytest.mark.parametrize("changed", ["_versions", "weights_digest"])
+def test_part_of_other_libraries_or_weights_is_measured_again(
+    tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = [Fake("one"), Fake("two", RuntimeError("no"))]
+    measured(fakes, tmp_path)
+    other: Any = {"torch": "0"} if changed == "_versions" else "0" * 64
+    monkeypatch.setattr(leaderboard, changed, lambda: other)
+    measured(fakes, tmp_path)
+    assert [len(fake.runs) for fake in fakes] == [2, 2]
+
+
+def test_digest_covers_every_file_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = leaderboard.weights_digest.__wrapped__
+    monkeypatch.setattr(leaderboard.zoo, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "weights" / "one").mkdir(parents=True)
+    (tmp_path / "weights" / "one" / "model").write_bytes(b"a")
+    (tmp_path / "weights" / "card").write_bytes(b"a")
+    found = [digest()]
+    (tmp_path / "weights" / "one" / "model").write_bytes(b"b")
+    found.append(digest())
+    (tmp_path / "weights" / "card").rename(tmp_path / "weights" / "other")
+    found.append(digest())
+    assert len(set(found)) == 3
+
+
+def test_commands_have_the_seed_and_split_of_the_page(tmp_path: Path) -> None:
+    found = []
+    for number, other in enumerate(({}, {"seed": 5, "split": "val"})):
+        results = measured([Fake("one")], tmp_path / str(number), **other)
+        found.append(sections_of(results)[0]["command"])
+    assert found == ["tokred bench", "tokred bench --seed 5 --split val"]
+    html = (tmp_path / "1" / "leaderboard.html").read_text()
+    assert "More examples: <code>tokred bench --seed 5 --split val</code>" in html
+
+
+def test_memory_is_told(made: Made) -> None:
+    assert made.results["peak_memory_bytes"] > 1e8
+    assert f"{made.results['peak_memory_bytes'] / 1e9:.1f} GB at most" in made.html
+    told = leaderboard.show(made.results).splitlines()
+    memory = f"{made.results['peak_memory_bytes'] / 1e9:.1f} GB of memory at most"
+    assert any(line.startswith("together ") and line.endswith(memory) for line in told)
+    assert re.fullmatch("[0-9a-f]{64}", made.results["weights_sha256"])
+    assert made.results["machine"]["libraries"]["torch"]
 
 
 def test_damaged_part_is_measured_again(tmp_path: Path) -> None:
@@ -534,6 +641,18 @@ def test_backbones_side_by_side_measure_the_same() -> None:
         compare(runs, workers=0)
 
 
+def test_denoiser_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+    from tokred.eval import leaderboard_diffusion
+
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    options = BenchOptions(tmp_path, rounds=1)
+    first, second = (leaderboard_diffusion.run(options, Progress(quiet=True), side=16) for _ in range(2))
+    assert torch.equal(torch.rand(4), expected)
+    assert [row["gmacs"] for row in first["rows"]] == [row["gmacs"] for row in second["rows"]]
+
+
 def test_page_of_nothing_is_a_page() -> None:
     machine = {"processor": "CPU", "cores": 1, "accuracy_threads": 1, "speed_threads": 1, "torch": "2", "python": "3"}
     facts = {
@@ -544,10 +663,12 @@ def test_page_of_nothing_is_a_page() -> None:
         "split": "test",
         "seconds": 0.0,
         "cpu_seconds": 0.0,
+        "peak_memory_bytes": None,
     }
     html = page({**facts, "machine": machine, "methods": {}, "failed": {}, "parts": []})
     assert Page(html).rows == {}
     assert html.startswith("<!doctype html>")
+    assert "not known on this system" in html
 
 
 @pytest.fixture(autouse=True)

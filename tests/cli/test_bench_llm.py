@@ -154,6 +154,63 @@ def test_needle_rows(needle: dict[str, Any]) -> None:
     assert by_layer == sorted(by_layer, key=lambda pair: pair[1])  # each layer of the first pass costs
 
 
+@pytest.fixture(scope="module")
+def needle_inside(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    names = ",".join(bench_needle.INSIDE)
+    argv = ["--scenes", "18", "--levels", "30", "--context", "240", "--methods", names]
+    return _results("needle", llm, tmp_path_factory.mktemp("inside"), *argv)
+
+
+def test_needle_rows_inside(needle_inside: dict[str, Any]) -> None:
+    rows = needle_inside["rows"]
+    labels = ["FastV", "PyramidDrop", "DART", "SparseVLM", "CoreMatching"]
+    assert [row["label"] for row in rows] == ["unreduced", "Random", "Random inside", *labels, "Random inside, later"]
+    assert [row["tokens"] for row in rows] == [244, *[30] * 8]
+    assert [row["layer"] for row in rows] == [None, None, *[1] * 6, 2]
+    by_label = {row["label"]: row for row in rows}
+    for row in rows[2:]:
+        assert row["inside"]
+        assert row["recall"] <= row["found"] or row["recall"] <= 0.2
+        assert ("vs_inside" in row) == ("vs_random" in row) == (row["kind"] == "method")
+        assert rows[1]["gmacs"] < row["gmacs"] < rows[0]["gmacs"]
+        assert row["limit"] == pytest.approx(rows[0]["gmacs"] / row["gmacs"])
+    layer = 2 * 64 * 4  # bytes of a token in a layer's cache: the first layer's holds all, unless the method empties it
+    assert by_label["FastV"]["cache_bytes"] == by_label["Random inside"]["cache_bytes"] == (244 + 5 * 30) * layer
+    assert by_label["Random inside, later"]["cache_bytes"] == (2 * 244 + 4 * 30) * layer
+    assert by_label["Random inside"]["gmacs"] < by_label["PyramidDrop"]["gmacs"]
+
+
+def test_needle_inside_keeps_the_question_and_drops_the_context(needle_inside: dict[str, Any]) -> None:
+    for kept in needle_inside["example"]["kept"]:
+        assert len(kept["columns"]) == 30
+        assert kept["columns"][0] == 0
+        assert kept["columns"][-4:] == [240, 241, 242, 243]
+        assert kept["words"].endswith(needle_inside["example"]["question"])
+    lines = bench_needle.show(needle_inside).splitlines()
+    assert max(map(len, lines)) <= 150
+    assert "vs inside" in lines[2]
+    assert "PyramidDrop: stages=(1, 2, 3)" in " ".join(lines)
+
+
+def test_needle_knows_every_method_inside_that_fits_a_text_model() -> None:
+    from tokred.core.catalog import compatibility
+    from tokred.core.method import registered
+
+    fits = {name for name, hosts in compatibility().items() if hosts["transformers text"]}
+    ours = {name for name in fits if registered()[name].__module__.startswith("tokred.")}
+    assert ours == {"gemfilter", *bench_needle.INSIDE}
+
+
+def test_further_methods_stand_at_the_middle_budget() -> None:
+    from tokred.zoo.needle_llm import build_needle_llm
+
+    options = BenchOptions(out=Path("x"), levels=[64.0, 32.0, 16.0])
+    rows = bench_needle._rows(options, build_needle_llm(), 130, ["dart", "gemfilter"])
+    found = [(row.label, row.tokens) for row in rows if row.kind == "method"]
+    assert found == [("GemFilter", 64), ("GemFilter", 32), ("DART", 32), ("GemFilter", 16)]
+    assert len({row.key for row in rows}) == len(rows)
+
+
 def test_needle_files(needle: dict[str, Any]) -> None:
     assert set(needle["files"]) == {"results", "plot", "words"}
     page = Path(needle["files"]["words"]).read_text()
@@ -239,12 +296,16 @@ def test_random_prompt_keeps_the_question() -> None:
         ("needle", ["--context", "100"], "--context 100: expected 128 to 2040"),
         ("needle", ["--context", "4096"], "--context 4096"),
         ("needle", ["--ablate", "gemfilter"], "--ablate: the task needle"),
-        ("needle", ["--methods", "fastv"], "there are: gemfilter"),
+        ("needle", ["--methods", "topk"], "there are: gemfilter, fastv, pyramiddrop"),
+        ("needle", ["--methods", "mustdrop"], "there are: gemfilter"),
+        ("needle", ["--methods", "fastv", "--levels", "5"], "--levels 5: methods inside keep 5 tokens in any case"),
+        ("needle", ["--methods", "fastv", "--set", "fastv.budget=5"], "--set fastv.budget: is set by the benchmark"),
+        ("needle", ["--methods", "fastv", "--set", "fastv.layer=9"], "9"),
         ("needle", ["--levels", "0.5"], "--levels 0.5: expected numbers of tokens"),
         ("needle", ["--levels", "600"], "--levels 600: expected numbers of tokens up to 512"),
         ("needle", ["--set", "gemfilter.k=3"], "--set gemfilter.k: is set by the benchmark"),
         ("needle", ["--set", "gemfilter.layer=6"], "layer=6"),
-        ("needle", ["--set", "fastv.layer=2"], "the methods here are gemfilter"),
+        ("needle", ["--set", "topk.keep_rate=0.2"], "the methods here are gemfilter"),
     ],
 )
 def test_refusals(

@@ -167,6 +167,50 @@ def test_video_rows(video: dict[str, Any]) -> None:
     assert video["weights"]["scorer"]["sha256"] != video["weights"]["sha256"]
 
 
+@pytest.fixture(scope="module")
+def every(weights: Path, scorer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All that the task knows, EVS and QuoTA apart."""
+    names = [name for name, _ in bench_video.INSIDE.values()]
+    argv = ["--scenes", "2", "--methods", ",".join([BEFORE, *dict.fromkeys(names)])]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(importlib.import_module("tokred.zoo.digit_clip"), "FOLDER", scorer)
+        return _results("video", weights, tmp_path_factory.mktemp("every"), *argv)
+
+
+def test_video_rows_of_methods_for_images_and_inside(every: dict[str, Any]) -> None:
+    before = ["HiRED", "VisionZip", "DivPrune", "CDPruner", "VisPruner"]
+    labels = [row["label"] for row in every["rows"]]
+    assert labels == ["all 16 frames", "even frames", "Random", *before, "Random inside", *bench_video.INSIDE]
+    whole, _, random, *reduced = every["rows"]
+    for row in reduced:
+        assert row["visual_tokens"] == 72
+        assert row["frames"] == 16
+        assert "vs_uniform" in row
+        assert row["gmacs"] == pytest.approx(sum(row["gmacs_parts"].values()))
+        assert row["inside"] == (row["label"] not in before)
+        llm = row["gmacs_parts"]["llm"]
+        assert random["gmacs_parts"]["llm"] <= llm < whole["gmacs_parts"]["llm"]
+        assert (llm == random["gmacs_parts"]["llm"]) == (not row["inside"])
+    by_label = {row["label"]: row for row in reduced}
+    assert by_label["DART"]["gmacs_parts"]["llm"] == by_label["Random inside"]["gmacs_parts"]["llm"]
+    assert by_label["FastV"]["method"]["layer"] == 3
+    with Image.open(every["files"]["frames"]) as sheet:
+        assert sheet.height > 6 * 2 * 168
+
+
+def test_further_methods_stand_at_the_middle_budget(weights: Path, scorer: Path) -> None:
+    from tokred.eval.bench import BenchOptions
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(importlib.import_module("tokred.zoo.digit_clip"), "FOLDER", scorer)
+        setup, _ = bench_video._load(weights)
+    options = BenchOptions(out=Path("x"), levels=[144, 72, 36], methods=["evs"])
+    one = bench_video._prepared(setup, options, [0], bench_video._frame_counts(options))
+    rows = bench_video._rows(options, setup, one, ["hired", "fastv", "evs"])
+    found = [(row.label, row.tokens) for row in rows if row.kind == "method"]
+    assert found == [("EVS", 144), ("EVS", 72), ("HiRED", 72), ("FastV", 72), ("EVS", 36)]
+
+
 def test_video_pictures(video: dict[str, Any]) -> None:
     assert set(video["files"]) == {"results", "frames", "plot"}
     with Image.open(video["files"]["frames"]) as sheet:
@@ -231,6 +275,9 @@ def test_scores_by_kind() -> None:
         ("video", ["--levels", "100"], "whole frames of 36"),
         ("video", ["--levels", "576"], "below 576"),
         ("video", ["--methods", "evz"], "did you mean 'evs'"),
+        ("video", ["--methods", "mustdrop"], "there are: hired"),
+        ("video", ["--methods", "fastv", "--set", "fastv.budget=3"], "is set by the benchmark"),
+        ("video", ["--methods", "fastv", "--set", "fastv.layer=9"], "9"),
         ("video", ["--set", "quota.scorer=3"], "is set by the benchmark"),
     ],
 )

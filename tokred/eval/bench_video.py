@@ -1,8 +1,8 @@
 """`tokred bench --task video`: what to show of a clip for as many visual tokens, on the bundled video model.
 
-Evenly spaced frames in full against more frames of which tokens are dropped (at random, EVS) or which share the budget
-(QuoTA, by equal scores or by those of the bundled CLIP). More frames cost more before the language model: vision tower
-and scorer are counted apart.
+Evenly spaced frames in full against more frames of which tokens are dropped before the language model (at random, by
+EVS, by methods for images) or inside it, or which share the budget (QuoTA, by equal scores or by those of the bundled
+CLIP). More frames cost more before the language model: vision tower and scorer are counted apart.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred.core.decoder import DecoderMethod, PromptMethod
 from tokred.core.errors import InvalidParameterError
 from tokred.core.flops import flops
 from tokred.core.method import Method, VisualMethod
 from tokred.core.patch import Patch
 from tokred.core.sites import TowerInfo
 from tokred.eval.bench import TASKS, BenchOptions, Progress, require
+from tokred.eval.inside import SETTINGS, RandomLayer, budget_field, inside_method, tokens_read
 from tokred.eval.report import accuracy_plot, curves, dumps, percent, signed, stacked
 from tokred.eval.speed import pairs
 from tokred.eval.vision import paired, side_by_side
@@ -48,16 +50,20 @@ from tokred.eval.vlm import (
     visual_method,
 )
 
-__all__ = ["run", "show"]
+__all__ = ["INSIDE", "run", "show"]
 
 MODEL = "digit-video-vlm"
 TASK = TASKS["video"]
 CLIP_FRAMES = 64  # of a clip
 FRAMES = 16  # that methods see of them: of each take with an answer at least one
 BATCH = 8  # clips that are answered together, and that share one random subset
+#: Methods inside the language model, with the settings of questions about images. MustDrop is not among them: it drops
+#: by thresholds, which would have to be fitted to each budget on clips.
+INSIDE = {label: own for label, own in SETTINGS.items() if own[0] != "mustdrop"}
 COLUMNS = {"digit_of_colour": "digit", "colour_of_digit": "colour"}
 LEGEND = """
-frames: encoded of each clip. tokens: visual tokens that the language model reads, mean over clips (QuoTA rounds down).
+frames: encoded of each clip. tokens: visual tokens that are left behind the last layer of the language model (all that
+its layers read, where they go before it), mean over clips (QuoTA rounds down).
 accuracy ± standard error over clips. vs even frames: paired on the same clips with evenly spaced frames in full; *
 better, ! worse by more than 2 standard errors. Then the accuracy of each kind of question. GMACs (G) of one clip:
 prefill of the language model; vision tower; scorer and selection. TTFT: time to the first token of generate on one
@@ -93,8 +99,11 @@ class Setup:
         return Setup(self.model, self.processor, _scorer(self.scorer))
 
 
-def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
-    """Measure, write the pictures and results.json into `options.out`, and return the results (JSON types)."""
+def run(options: BenchOptions, progress: Progress, middle: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure, write the pictures and results.json into `options.out`, and return the results (JSON types).
+
+    `middle`: further methods, at the middle budget alone.
+    """
     packages = ("transformers", "torchvision", "open_clip", "sklearn", "skimage", "matplotlib", "tqdm")
     require("demo,transformers,openclip", *packages, what="tokred bench --task video")
     began = time.perf_counter()
@@ -102,7 +111,7 @@ def run(options: BenchOptions, progress: Progress) -> dict[str, Any]:
     options.check_split()
     setup, weights = _load(options.checkpoint)
     one = _prepared(setup, options, [0], _frame_counts(options))
-    rows = _rows(options, setup, one)  # settings that do not fit are refused before anything is measured
+    rows = _rows(options, setup, one, middle)  # settings that do not fit are refused before anything is measured
     options.out.mkdir(parents=True, exist_ok=True)
     answered, kinds = _answers(setup, rows, options, progress)
     timed = _timed(setup, rows, one.inputs, options.rounds, progress)
@@ -161,17 +170,22 @@ def _frame_counts(options: BenchOptions) -> list[int]:
     return [FRAMES, *(level // FRAME_TOKENS for level in _levels(options))]
 
 
-def _rows(options: BenchOptions, setup: Setup, one: _Batch) -> list[Row]:
+def _rows(options: BenchOptions, setup: Setup, one: _Batch, middle: Sequence[str] = ()) -> list[Row]:
     from tokred.zoo.digit_vlm import FRAME_TOKENS
 
     long = one.inputs[FRAMES]
-    names = check_methods(options, TASK.methods.split(","), choosers(prompt_info(setup.model, long).layouts[0]))
+    before = choosers(prompt_info(setup.model, long).layouts[0])
+    known = [*before, *dict.fromkeys(name for name, _ in INSIDE.values())]
+    names = check_methods(options, TASK.methods.split(","), known)
+    levels = _levels(options)
+    half = sorted(levels)[len(levels) // 2]
     rows = [Row("unpatched", f"all {FRAMES} frames", None, frames=FRAMES)]
-    for tokens in _levels(options):
+    for tokens in levels:
+        asked = [*names, *(name for name in middle if tokens == half and name not in names)]
         random = visual_method("random_tokens", tokens, options, seed=options.seed)
         rows.append(Row("uniform", "even frames", tokens, frames=tokens // FRAME_TOKENS))
         rows.append(Row("random", "Random", tokens, random, FRAMES))
-        for name in names:
+        for name in (name for name in asked if name in before):
             method = visual_method(name, tokens, options)
             flops(setup.model, long, method)  # refuses a tower that does not have what the method needs
             if name == "quota":
@@ -179,6 +193,28 @@ def _rows(options: BenchOptions, setup: Setup, one: _Batch) -> list[Row]:
                 rows.append(Row("method", "QuoTA, CLIP", tokens, method, FRAMES, "clip"))
             else:
                 rows.append(Row("method", method.title, tokens, method, FRAMES))
+        inside = _inside(options, asked, tokens)
+        if inside:
+            control = RandomLayer(budget=tokens, seed=options.seed)
+            rows += [Row("random", control.title, tokens, control, FRAMES, inside=True), *inside]
+    for row in (row for row in rows if row.inside):
+        with patched(setup.model, row.method, setup.processor):
+            pass
+    return rows
+
+
+def _inside(options: BenchOptions, names: Sequence[str], tokens: int) -> list[Row]:
+    """Rows of methods inside the language model."""
+    rows: list[Row] = []
+    for label, (name, own) in INSIDE.items():
+        if name in names:
+            given = options.parameters.get(name, {})
+            fixed = [key for key in ("budget", "keep_rate", "counts", budget_field(name)) if key in given]
+            if fixed:
+                raise InvalidParameterError(f"--set {name}.{fixed[0]}: is set by the benchmark; set other parameters")
+            method = inside_method(name, tokens, {**own, **given})
+            if all(method != row.method for row in rows):
+                rows.append(Row("method", label, tokens, method, FRAMES, inside=True))
     return rows
 
 
@@ -240,6 +276,10 @@ def _answers(
             once = remembered(tower, memory) if _blind(row, tower) else contextlib.nullcontext()
             with once, mine.under(row, row.numbered(number)) as handle:
                 words, left = ask(mine.model, mine.processor, batch.inputs[row.frames], handle)
+                if row.inside:
+                    assert handle is not None
+                    visual = batch.inputs[row.frames]["input_ids"] == mine.model.config.video_token_id
+                    left = tokens_read(handle.trace, visual, mine.model.config.text_config.num_hidden_layers).left
             found.append(judged(words, batch.answers, left, whole))
         progress.advance(len(clips))
         return found, batch.kinds
@@ -252,8 +292,10 @@ def _answers(
 
 def _blind(row: Row, tower: Any) -> bool:
     """Whether a row needs nothing of the layers of the vision tower."""
+    if isinstance(row.method, DecoderMethod):
+        return row.method.encoder_part() is None and row.method.visual_part() is None
     if not isinstance(row.method, VisualMethod):
-        return True
+        return row.method is None or isinstance(row.method, PromptMethod)
     config = tower.config
     needs = row.method.needs(TowerInfo(config.num_hidden_layers, config.num_attention_heads, True, 0))
     return not (needs.rows or needs.mass or needs.keys or needs.probe)
@@ -312,6 +354,7 @@ def _measured(
             "kind": row.kind,
             "label": row.label,
             "level": row.tokens,
+            "inside": row.inside,
             "method": row.method.to_dict() if row.method is not None else None,
             "frame_scores": row.scores,
             "frames": row.frames,
@@ -328,6 +371,11 @@ def _measured(
 
 def _cost(row: Row, model: Any, inputs: Mapping[str, Any], tokens: Tensor, scorer: int) -> dict[str, Any]:
     """Multiply-adds of one clip: of the language model at the tokens that were read, vision tower, and scoring."""
+    if row.inside:
+        with patched(model, row.method, None):  # the layer that GemFilter measures is the model's
+            found = flops(model, {**inputs, "kept_tokens": round(tokens.double().mean().item())})
+        parts = {name: getattr(found, name) / 1e9 for name in ("llm", "vision", "scoring")}
+        return {"gmacs": sum(parts.values()), "gmacs_parts": parts}
     info = prompt_info(model, inputs)
     counted = flops(model, inputs, [row.method] if row.method else [])
     read, times = tokens.unique(return_counts=True)
@@ -376,12 +424,14 @@ def _cells(row: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
 def _pictures(results: Mapping[str, Any], rows: Sequence[Row], setup: Setup, one: _Batch, out: Path) -> dict[str, str]:
     files = {"results": out / "results.json", "frames": out / "frames.png", "plot": out / "accuracy_vs_tokens.png"}
     levels = sorted({row.tokens for row in rows if row.tokens is not None})
-    shown = [row for row in rows if row.tokens == levels[len(levels) // 2] and row.method is not None]
+    middle = [row for row in rows if row.tokens == levels[len(levels) // 2] and row.method is not None]
+    before = [row for row in middle if not row.inside]
+    shown = before if len(before) > 1 else middle  # what goes inside is dropped after each frame has been read
     _strips(shown, setup, one).save(files["frames"])
     full, scenes = results["rows"][0], results["scenes"]
     accuracy_plot(
         files["plot"],
-        curves(results["rows"], "visual_tokens"),
+        curves([row for row in results["rows"] if not row["inside"]], "visual_tokens"),
         (full["visual_tokens"], full["accuracy"], full["accuracy_se"]),
         f"{MODEL}: what to show of a clip for as many tokens, no training",
         f"{scenes['count']} {scenes['split']} clips of {CLIP_FRAMES} frames; bars and band are one standard error",

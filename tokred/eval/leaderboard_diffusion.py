@@ -20,7 +20,7 @@ from tokred.eval.bench import BenchOptions, Progress
 from tokred.eval.bench_tokenize import macs
 from tokred.eval.speed import pairs, ratio
 
-__all__ = ["SETTINGS", "run"]
+__all__ = ["SETTINGS", "UNET", "run"]
 
 UNET: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -50,9 +50,10 @@ def run(options: BenchOptions, progress: Progress, side: int = SIDE) -> dict[str
     """
     from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(options.seed)
-    model: Any = UNet2DConditionModel(sample_size=side, **UNET).eval()
-    given = (torch.randn(1, 4, side, side), 501, torch.randn(1, WORDS, UNET["cross_attention_dim"]))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(options.seed)
+        model: Any = UNet2DConditionModel(sample_size=side, **UNET).eval()
+        given = (torch.randn(1, 4, side, side), 501, torch.randn(1, WORDS, UNET["cross_attention_dim"]))
     methods: dict[str, Method] = {}
     for name, parameters in SETTINGS:
         method = registered()[name](**parameters)  # type: ignore[call-arg]

@@ -85,7 +85,8 @@ def _machine(results: Record, sections: Sequence[Record]) -> str:
         counts[section["what"]] = max(section["examples"], counts.get(section["what"], 0))
     held_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     minutes = f"{results['seconds'] / 60:.1f} min" if results["seconds"] >= 60 else f"{results['seconds']:.0f} s"
-    each = ", ".join(f"{part['name']} {part['seconds']:.0f} s" for part in results["parts"])
+    each = ", ".join(map(_spent, results["parts"]))
+    memory = results["peak_memory_bytes"]
     threads = f"{machine['accuracy_threads']} for accuracy, {machine['speed_threads']} for speed"
     facts = {
         "Measured": f"{results['date']}, tokred {results['version']}, torch {machine['torch']}",
@@ -93,9 +94,15 @@ def _machine(results: Record, sections: Sequence[Record]) -> str:
         "Held-out data": f"{sum(counts.values())} examples of the {results['split']} split, seed {results['seed']}: "
         f"{held_out}",
         "Time": f"{minutes} ({results['cpu_seconds']:.0f} s of CPU time): {each}",
+        "Memory": f"{memory / 1e9:.1f} GB at most" if memory is not None else "not known on this system",
     }
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
     return f'<dl class="facts">{rows}</dl>'
+
+
+def _spent(part: Record) -> str:
+    before = f" (measured before, {part['date']})" if part["resumed"] else ""
+    return f"{part['name']} {part['seconds']:.0f} s{before}"
 
 
 def _failures(results: Record) -> str:
@@ -122,18 +129,34 @@ def _contents(results: Record, sections: Sequence[Record]) -> str:
     for section in sections:
         best = f"<br><small>{escape(section['headline'])}</small>" if section["headline"] else ""
         items.append(f'<li><a href="#{section["name"]}">{escape(section["title"])}</a>{best}</li>')
-    rows = []
-    for name, method in results["methods"].items():
-        links = ", ".join(f'<a href="#{where}">{escape(titles[where])}</a>' for where in method["sections"])
-        rows.append(
-            f'<tr><th scope="row">{escape(method["title"])}</th><td><code>{escape(name)}</code></td>'
-            f"<td>{links or escape(method['absent'])}</td></tr>"
-        )
     return (
         '<nav aria-label="Contents"><h2 id="contents">Contents</h2><ol>' + "".join(items) + "</ol>"
-        "<details><summary>Where is which method?</summary>"
-        '<div class="scroll" tabindex="0"><table class="methods"><tbody>' + "".join(rows) + "</tbody></table></div>"
-        "</details></nav>"
+        "<details open><summary>Which method is measured on which model?</summary>"
+        f"{_matrix(results['methods'], titles)}</details></nav>"
+    )
+
+
+def _matrix(methods: Record, titles: Mapping[str, str]) -> str:
+    """Methods by bundled models: links to their rows, "fits, not run", or a dash."""
+    said = {"fits": "fits, not run", "failed": "failed", "no": "–"}
+    models = list(next(iter(methods.values()), {"models": {}})["models"])
+    rows = []
+    for name, method in methods.items():
+        cells = []
+        for own in method["models"].values():
+            if isinstance(own, str):
+                cells.append(f'<td class="{own}">{said[own]}</td>')
+            else:
+                links = (f'<a href="#{where}" title="{escape(titles[where])}">{escape(where)}</a>' for where in own)
+                cells.append(f"<td>{', '.join(links)}</td>")
+        title = f'<th scope="row"><span title="{escape(name)}">{escape(method["title"])}</span></th>'
+        rows.append(f"<tr>{title}{''.join(cells)}</tr>")
+    head = "".join(f'<th scope="col">{escape(model)}</th>' for model in models)
+    return (
+        '<div class="scroll" tabindex="0"><table class="methods"><thead><tr><th scope="col">method</th>'
+        f'{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div><p class="legend">Links lead to rows. '
+        '"fits, not run": the model has the places where the method acts, no table here measures it; –: it does not, '
+        "or the method leaves such media alone. Image tokenizers and trained backbones are measured as they are.</p>"
     )
 
 
@@ -150,7 +173,7 @@ def _section(section: Record) -> str:
     ]
     if section["headline"]:
         parts.append(f'<p class="best">{escape(section["headline"])}</p>')
-    more = f"More examples, more columns: <code>{escape(section['command'])}</code>"
+    more = f"{escape(section['more'])}: <code>{escape(section['command'])}</code>"
     parts += [_table(section), f'<p class="legend">{escape(section["legend"])} {more}</p>']
     if section["plot"] is not None:
         drawn = svg(section["plot"], section["name"])
@@ -341,7 +364,8 @@ th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] bu
 .group th span{position:sticky;left:.6rem}
 .control td,.control th{color:var(--faint)}.best td,tr.best th{background:var(--mark)}p.best{font-weight:500}
 .star{color:#b8860b}@media (prefers-color-scheme:dark){.star{color:#f2c14e}}
-.methods td,.methods th{white-space:normal;text-align:left}
+.methods td,.methods th{white-space:normal;text-align:left}.methods thead th{padding:.35rem .5rem;vertical-align:bottom}
+.methods .no,.methods .fits{color:var(--faint)}
 figure{margin:1.25rem 0}.plot svg{display:block;width:100%;min-width:34rem;max-width:54rem;height:auto}
 .scroll img{display:block;width:100%;height:auto;background:#fff;border-radius:4px}
 p.words{color:var(--faint);line-height:1.75;font-size:.9rem}.read{color:var(--ink);background:var(--mark)}
@@ -353,7 +377,7 @@ tbody th{min-width:7.5rem;max-width:9.5rem;white-space:normal}.group th{max-widt
 _SCRIPT = """
 "use strict";
 for (const table of document.querySelectorAll("table")) {
-  const heads = [...table.querySelectorAll("thead th")];
+  const heads = [...table.querySelectorAll("thead th")].filter(head => head.querySelector("button"));
   heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
     const falling = head.getAttribute("aria-sort") !== "descending" && (column > 0 || head.hasAttribute("aria-sort"));
     heads.forEach(other => other.removeAttribute("aria-sort"));

@@ -45,6 +45,7 @@ COMMON = (
 )
 #: Under a plot whose points would hide each other.
 SIDE_BY_SIDE = "Points of one cost stand side by side."
+MORE = "More examples, more columns"
 COMPARED = ("method", "model")  # kinds of rows of which the best are marked
 
 
@@ -87,6 +88,7 @@ def _section(
         "rows": list(rows),
         "legend": legend,
         "command": f"tokred bench --task {name.partition('-')[0]}",
+        "more": MORE,
         "plot": None,
         "headline": _headline(rows),
         "pictures": [],
@@ -304,9 +306,13 @@ def video(results: Record) -> list[Section]:
             "tokens": found["visual_tokens"],
             "share": found["gmacs"] / whole["gmacs"],
             "difference": found.get("vs_uniform"),
+            "setting": changed_settings(found["method"], ("scorer",)) if found["inside"] else "",
+            "inside": found["inside"],
         }
         group = "" if level is None else f"{level} visual tokens"
         rows.append(_row(found, group, "whole" if level is None else None, **facts))
+    columns = ["label", "accuracy", "difference", "frames", "tokens"]
+    columns += ["gmacs", "share", "speedup", "quartiles", "setting"]
     return [
         _section(
             "video",
@@ -314,8 +320,10 @@ def video(results: Record) -> list[Section]:
             f"Answer a question about a clip of {results['scenes']['frames']} frames for as many visual tokens: few "
             "frames in full, or more frames of which tokens are dropped.",
             rows,
-            ("label", "accuracy", "difference", "frames", "tokens", "gmacs", "share", "speedup", "quartiles"),
-            "tokens: visual tokens that the language model reads (QuoTA rounds down); frames: that are encoded. "
+            columns,
+            "tokens: visual tokens that are left behind the last layer of the language model (QuoTA rounds down); "
+            "frames: that are encoded. Methods for images, and those inside the language model (from Random inside "
+            "on), whose first layers read all tokens of all frames, stand at the middle budget alone. "
             + COMMON.format(
                 against="vs even frames: paired, clip by clip, with as many tokens of evenly spaced frames",
                 pair="even frames up to the first word of the answer",
@@ -327,14 +335,23 @@ def video(results: Record) -> list[Section]:
                 "x": "visual tokens that the language model reads",
                 "y": "accuracy on held-out clips, %",
                 "whole": {"label": whole["label"], "point": _point(rows[0], "tokens")},
-                "lines": _lines(rows, "tokens"),
+                "lines": _lines([row for row in rows if not row["inside"]], "tokens"),
                 "ticks": sorted({round(row["tokens"]) for row in rows if row["kind"] in ("uniform", "whole")}),
-                "note": SIDE_BY_SIDE,
+                "note": f"{SIDE_BY_SIDE} Methods inside the language model are in the table alone.",
             },
-            pictures=_picture(results, "frames", "One clip as each method leaves it, at the middle budget."),
+            command=_measuring("video", rows),
+            pictures=_picture(
+                results, "frames", "One clip as each method before the language model leaves it, at the middle budget."
+            ),
             **_examples(results["scenes"], "clips"),
         )
     ]
+
+
+def _measuring(task: str, rows: Sequence[Record]) -> str:
+    """The command that measures all methods of these rows."""
+    names = dict.fromkeys(row["method"] for row in rows if row["kind"] == "method" and row["method"])
+    return f"tokred bench --task {task} --methods {','.join(names)}"
 
 
 def needle(results: Record) -> list[Section]:
@@ -342,13 +359,15 @@ def needle(results: Record) -> list[Section]:
     for found in results["rows"]:
         level = found["level"]
         layer = f"layer={found['layer']}" if found["layer"] is not None else ""
+        told = changed_settings(found["method"]) if found["inside"] and found["kind"] == "method" else layer
         facts = {
             "accuracy": found["recall"],
             "accuracy_se": found["recall_se"],
-            "setting": layer,
+            "setting": told or layer,
             "tokens": found["tokens"],
             "share": found["gmacs"] / whole["gmacs"],
             "difference": found.get("vs_random"),
+            "vs_inside": found.get("vs_inside"),
             "limit": found["limit"],
         }
         if found["kind"] == "layer":
@@ -358,7 +377,10 @@ def needle(results: Record) -> list[Section]:
         rows.append(_row(found, group, kind, **facts))
     rows.sort(key=lambda row: -row["tokens"])  # other layers stand last in the task's own table
     scenes, example = results["scenes"], results["example"]
-    kept = example["kept"][len(example["kept"]) // 2]
+    first = [kept for kept in example["kept"] if kept["label"] == example["kept"][0]["label"]]  # at each budget
+    kept = first[len(first) // 2]
+    columns = ["label", "accuracy", "difference", "inside", "tokens"]
+    columns += ["gmacs", "share", "speedup", "quartiles", "limit", "setting"]
     return [
         _section(
             "needle",
@@ -366,23 +388,27 @@ def needle(results: Record) -> list[Section]:
             f"Find the one value that is asked for among {scenes['needles']} in a prompt of {scenes['prompt_tokens']} "
             "tokens, of which a small language model reads a part.",
             rows,
-            ("label", "accuracy", "difference", "tokens", "gmacs", "share", "speedup", "quartiles", "limit", "setting"),
-            "tokens: of the prompt that all layers read; layer: the one that chose them. "
+            columns,
+            "tokens: of the prompt that are left behind the last layer (GemFilter: that all layers read, and layer is "
+            "the one that chose them). "
             + COMMON.format(
                 against="vs random: paired, prompt by prompt, with random tokens of the context and the whole question",
                 pair="the unreduced model up to the first token of the answer",
             )
-            + " limit: ratio of GMACs. The layer was chosen on validation prompts; the other layers stand beside it "
-            "at the middle budget.",
+            + " limit: ratio of GMACs. vs inside: with random tokens of the context dropped before layer 1. "
+            "GemFilter's layer was chosen on validation prompts; the other layers stand beside it at the middle "
+            "budget, as do methods inside the model. These begin to drop tokens before layer 1, the one that finds the "
+            "value; behind it the last word holds the value, and random tokens do as well (Random inside, later).",
             {"accuracy": "recall %"},
             plot={
-                "x": "tokens of the prompt that all layers read",
+                "x": "tokens of the prompt that are left",
                 "y": "recall on held-out prompts, %",
                 "whole": {"label": "unreduced", "point": _point(rows[0], "tokens")},
                 "lines": _lines([row for row in rows if row["kind"] != "other"], "tokens"),
                 "ticks": sorted({row["tokens"] for row in rows}),
-                "note": "",
+                "note": SIDE_BY_SIDE,
             },
+            command=_measuring("needle", rows),
             words={
                 "title": f"{kept['label']}, {kept['tokens']} of {len(example['words'])} tokens: asked "
                 f"“{example['question']}” it says “{kept['said']}” (right: {example['answer']})",
@@ -522,6 +548,7 @@ def tokenize(results: Record) -> list[Section]:
                 "rows": rows,
                 "legend": legend + (f" Settings: {used}." if used else ""),
                 "command": f"tokred bench --task tokenize --methods {name}",
+                "more": MORE,
                 "plot": None,
                 "headline": "",
                 "pictures": _picture(results, name, caption),
@@ -597,6 +624,7 @@ def diffusion(results: Record) -> list[Section]:
             "quartiles of interleaved pairs with the unpatched model, one thread; limit: ratio of GMACs. Attention "
             "over many tokens takes longer than its multiply-adds suggest, so the speed-up may pass the limit.",
             "command": "python benchmarks/diffusion.py",
+            "more": "At the shape of Stable Diffusion 1.5, from a clone of the repository",
             "plot": None,
             "headline": "",
             "pictures": [],
