@@ -133,9 +133,9 @@ FEWER_STEPS = {name: {"num_inference_steps": 2} for name in ("reconstruct", "gen
 #: What of it takes how long: docs/leaderboard.md.
 PARTS: tuple[Part, ...] = (
     Part("vit", "Vision transformer", _task("vit"), sections.vit, 500, 5, fast=(4, (0.65,), {})),
-    Part("vqa", "Questions about images", _task("vqa"), sections.vqa, 300, 3, fast=(4, (0.25,), {})),
-    Part("video", "Questions about clips", _video, sections.video, 120, 3, (144, 72, 36), fast=(2, (72,), {})),
-    Part("needle", "Needle in a long text", _needle, sections.needle, 240, 3, fast=(4, (64,), {})),
+    Part("vqa", "Questions about images", _task("vqa"), sections.vqa, 240, 3, fast=(4, (0.25,), {})),
+    Part("video", "Questions about clips", _video, sections.video, 100, 3, (144, 72, 36), fast=(2, (72,), {})),
+    Part("needle", "Needle in a long text", _needle, sections.needle, 200, 3, fast=(4, (64,), {})),
     Part("backbones", "Backbones", _backbones, sections.backbones, 500, 3, fast=(2, (4,), {})),
     Part("tokenize", "Image tokenizers", _task("tokenize"), sections.tokenize, 100, 3, fast=(2, (1, 4), FEWER_STEPS)),
     Part("diffusion", "Diffusion", _diffusion, sections.diffusion, 2, 3, fast=(2, (32,), {})),
