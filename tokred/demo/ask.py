@@ -18,9 +18,9 @@ from tokred.core.flops import flops
 from tokred.core.method import Method, registered
 from tokred.core.patch import patch
 from tokred.demo.pictures import Stage, enlarged, stages
+from tokred.demo.timing import Timed, timed_pairs
 from tokred.eval.hub import impatient
 from tokred.eval.inside import SETTINGS, budget_field, fit_threshold, inside_method, tokens_read
-from tokred.eval.speed import pairs
 from tokred.eval.vlm import cache_bytes, time_call
 from tokred.eval.vqa_hosts import VLMHost, frame_scorer
 from tokred.eval.vqa_media import MediaError, read_frames
@@ -73,7 +73,7 @@ class Said(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Asked(Timed):
     """What a question gave: answers without and with the method, which can be written as `method`.
 
     `pairs` were timed; their best times are in `before` and `after`.
@@ -85,13 +85,6 @@ class Asked:
     pairs: int
     stages: list[Stage]
     notes: list[str]
-
-    @property
-    def speedup(self) -> float | None:
-        """Of the time to the first token."""
-        if self.before.seconds is None or self.after.seconds is None:
-            return None
-        return self.before.seconds / self.after.seconds
 
 
 def open_video(path: str | Path | None, frames: int = FRAMES) -> Media:
@@ -239,7 +232,7 @@ def ask(
         [[media.picture]] if media.picture is not None else [],
         [[media.frames]] if media.frames is not None else [],
     )
-    visual = _visual(host, inputs)
+    visual = host.visual(inputs["input_ids"])
     whole = int(visual.sum())
     tokens = max(1, round(share * whole))
     depth = host.model.config.get_text_config().num_hidden_layers
@@ -259,7 +252,7 @@ def ask(
             after = _say(host, inputs, handle, visual)
             there = handle is not None and len(handle.trace) > 0
             pictures = stages(handle.trace, shown, whole, media.kind == "image") if handle and there else []
-        times = _times(host, inputs, method, text, rounds) if rounds else []
+        times = _times(host, inputs, method, text, rounds)
         if times:
             plain, reduced = (min(column) for column in zip(*times, strict=True))  # other work on the machine only adds
             before, after = before._replace(seconds=plain), after._replace(seconds=reduced)
@@ -283,14 +276,6 @@ def _shown(method: Method) -> Method:
     return method.replace(scorer=None) if getattr(method, "scorer", None) is not None else method
 
 
-def _visual(host: VLMHost, inputs: Any) -> Tensor:
-    ids = inputs["input_ids"].cpu()
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for media in host.parts.medias:
-        found |= ids == host.parts.placeholder(media)
-    return found
-
-
 def _say(host: VLMHost, inputs: Any, handle: Any, visual: Tensor) -> Said:
     answers = host.answer(inputs, TOKENS if host.bundled else OTHER_TOKENS, handle)
     cache = cache_bytes(host.model, inputs)
@@ -305,15 +290,13 @@ def _say(host: VLMHost, inputs: Any, handle: Any, visual: Tensor) -> Said:
 def _times(host: VLMHost, inputs: Any, method: Method, question: str, rounds: int) -> list[tuple[float, float]]:
     """Seconds to the first token, (unreduced, reduced) of each pair."""
 
-    def plain(_: str) -> float:
+    def plain() -> float:
         return time_call(host.model, inputs).first
 
-    def reduced(_: str) -> float:
+    def reduced() -> float:
         scorer = getattr(method, "scorer", None)  # it remembers frames: each run has a new one
         chosen = method if scorer is None else method.replace(scorer=scorer.fresh())
         with host.under(chosen, [question]):
             return time_call(host.model, inputs).first
 
-    if host.bundled:
-        return pairs([method.name], plain, reduced, rounds)[method.name]
-    return [(plain(""), reduced(""))]
+    return timed_pairs(plain, reduced, rounds, host.bundled)

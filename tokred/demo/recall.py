@@ -13,10 +13,10 @@ from torch import Tensor
 from tokred.core.errors import InvalidParameterError
 from tokred.core.method import Method, registered
 from tokred.core.patch import patch
+from tokred.demo.timing import Timed, timed_pairs
 from tokred.eval.bench_needle import LAYER
 from tokred.eval.inside import RandomPrompt
 from tokred.eval.needle_eval import PROMPT, LLMHost
-from tokred.eval.speed import pairs
 from tokred.eval.vlm import cache_bytes, time_call
 
 __all__ = ["METHODS", "Read", "Recalled", "prompt_method", "recall", "sample_text"]
@@ -38,7 +38,7 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Recalled:
+class Recalled(Timed):
     """What a question gave.
 
     Attributes:
@@ -52,13 +52,6 @@ class Recalled:
     pairs: int
     words: list[tuple[str, bool]]
     notes: list[str]
-
-    @property
-    def speedup(self) -> float | None:
-        """Of the time to the first token."""
-        if self.before.seconds is None or self.after.seconds is None:
-            return None
-        return self.before.seconds / self.after.seconds
 
 
 def sample_text(number: int) -> tuple[str, str, str]:
@@ -157,7 +150,7 @@ def recall(
             after = after._replace(tokens=len(kept))
         else:
             notes = [*notes, f"{method.title} kept every token: the prompt has only {len(offsets)}."]
-    times = _times(host, inputs, method, rounds) if rounds else []
+    times = _times(host, inputs, method, rounds)
     if times:
         plain, reduced = (min(column) for column in zip(*times, strict=True))  # other work on the machine only adds
         before, after = before._replace(seconds=plain), after._replace(seconds=reduced)
@@ -180,16 +173,14 @@ def _read(host: LLMHost, inputs: dict[str, Tensor], tokens: int) -> Read:
 
 
 def _times(host: LLMHost, inputs: dict[str, Any], method: Method, rounds: int) -> list[tuple[float, float]]:
-    def plain(_: str) -> float:
+    def plain() -> float:
         return time_call(host.model, inputs).first
 
-    def reduced(_: str) -> float:
+    def reduced() -> float:
         with patch(host.model, method):
             return time_call(host.model, inputs).first
 
-    if host.bundled:
-        return pairs([method.name], plain, reduced, rounds)[method.name]
-    return [(plain(""), reduced(""))]
+    return timed_pairs(plain, reduced, rounds, host.bundled)
 
 
 def _runs(prompt: str, offsets: Sequence[Sequence[int]], kept: set[int]) -> list[tuple[str, bool]]:

@@ -96,7 +96,7 @@ class Setup:
 
     def forgetful(self) -> Setup:
         """With a scorer that remembers no frames: for timing."""
-        return Setup(self.model, self.processor, _scorer(self.scorer))
+        return Setup(self.model, self.processor, self.scorer.fresh())
 
 
 def run(options: BenchOptions, progress: Progress, middle: Sequence[str] = ()) -> dict[str, Any]:
@@ -139,12 +139,6 @@ def _load(checkpoint: Path | None) -> tuple[Setup, dict[str, Any]]:
     (scoring, preprocess, tokenizer), scorer_weights = load(digit_clip, None, SCORER)
     scorer = OpenClipScorer(scoring, preprocess=preprocess, tokenizer=tokenizer)
     return Setup(model, processor, scorer), {**weights, "scorer": scorer_weights}
-
-
-def _scorer(like: Any) -> Any:
-    from tokred.adapters.scorers import OpenClipScorer
-
-    return OpenClipScorer(like.model, preprocess=like.preprocess, tokenizer=like.tokenizer)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

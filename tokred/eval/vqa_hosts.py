@@ -160,11 +160,16 @@ class VLMHost:
         left, read = self._tokens(inputs["input_ids"], trace)
         return Answers(said, seconds, left, read)
 
-    def _tokens(self, ids: Tensor, trace: Any) -> tuple[list[int], list[float]]:
+    def visual(self, ids: Tensor) -> Tensor:
+        """(B, S) bool on the CPU: the visual tokens of prompts (B, S)."""
         ids = ids.cpu()
-        visual = torch.zeros_like(ids, dtype=torch.bool)
+        found = torch.zeros_like(ids, dtype=torch.bool)
         for media in self.parts.medias:
-            visual |= ids == self.parts.placeholder(media)
+            found |= ids == self.parts.placeholder(media)
+        return found
+
+    def _tokens(self, ids: Tensor, trace: Any) -> tuple[list[int], list[float]]:
+        visual = self.visual(ids)
         if trace is not None:  # several images of a prompt count together
             sums: dict[int, int] = {}
             for one in trace.media:
