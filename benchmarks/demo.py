@@ -3,7 +3,7 @@
     python benchmarks/demo.py [--threads 1] [--clicks 3] [--pictures DIR] [--dry-run] [--json]
 
 Starts the demo, opens it in headless Chromium (of the system, driven by playwright) at the width of a desktop and of a
-phone, and clicks on the examples of every tab, then on the slowest choices there. A time runs from the click to the
+phone, and clicks on the examples of every tab, then, at the desktop's, on the slowest choices. A time runs from the click to the
 result on the page. The first paint is the time from opening the address to a page with its first button. Targets: first
 paint 5 s, each click 10 s.
 --pictures keeps a screenshot of each tab at both widths.
@@ -108,7 +108,7 @@ def _visit(page: Any, url: str, width: str, clicks: int, found: dict[str, Any], 
             place.wait_for()
             times.append(_seconds(lambda place=place, result=result: _clicked(page, place, result)))
         found["clicks"][name][width] = times
-        for label, (field, option, button) in CHOICES.get(name, {}).items():
+        for label, (field, option, button) in (CHOICES.get(name, {}) if width == "desktop" else {}).items():
             _choose(page, field, option)
             page.evaluate("id => document.querySelector(id + ' .tk-stack')?.remove()", f"#{result}-out")
             place = page.get_by_role("button", name=button, exact=True).locator("visible=true").first
@@ -153,8 +153,9 @@ def shown(found: dict[str, Any]) -> str:
     met = max(found["paint"].values()) < PAINT
     lines.append(f"{'first paint':<30}{paint}  < {PAINT:g} {'met' if met else 'missed'}")
     for name, times in found["clicks"].items():
-        cells = "".join(f"{f'{statistics.median(times[w]):.2f} ({max(times[w]):.2f})':>18}" for w in widths)
-        met = max(max(times[width]) for width in widths) < CLICK
+        own = [f"{statistics.median(times[w]):.2f} ({max(times[w]):.2f})" if w in times else "" for w in widths]
+        cells = "".join(f"{cell:>18}" for cell in own)
+        met = max(map(max, times.values())) < CLICK
         lines.append(f"{name:<30}{cells}  < {CLICK:g} {'met' if met else 'missed'}")
     return "\n".join(lines)
 
