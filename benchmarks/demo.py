@@ -3,7 +3,8 @@
     python benchmarks/demo.py [--threads 1] [--clicks 3] [--pictures DIR] [--dry-run] [--json]
 
 Starts the demo, opens it in headless Chromium (of the system, driven by playwright) at the width of a desktop and of a
-phone, and clicks on the examples of every tab, then, at the desktop's, on the slowest choices. A time runs from the click to the
+phone, and clicks on the examples of every tab, then, at the desktop's, on the slowest choices. A time runs from the
+click to the
 result on the page. The first paint is the time from opening the address to a page with its first button. Targets: first
 paint 5 s, each click 10 s.
 --pictures keeps a screenshot of each tab at both widths.
